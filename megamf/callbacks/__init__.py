@@ -1,0 +1,1 @@
+"""Everything optional around the training loop."""

@@ -1,0 +1,1 @@
+"""The one on-disk format: topology-free, atomic, checksummed."""

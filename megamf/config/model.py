@@ -1,0 +1,76 @@
+"""The architecture of one model, in the field names of the public ModuleFormer `config.json`."""
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from megamf.config.base import Section
+
+Activation = Literal["gelu_new", "gelu", "relu", "silu"]
+GateType = Literal["mlp", "linear", "gmm"]
+
+
+class ModelConfig(Section):
+    """Sizes and switches of a ModuleFormer (`kind: moduleformer`) or of its dense baseline (`kind: dense`).
+
+    Defaults are those of the released MoLM-350M-4B. For `kind: dense` the expert fields (`n_att_experts`,
+    `n_mlp_experts`, `k_att`, `k_mlp`, `gate_type`, `gating_size`, `sample_topk`, `moe_pdrop`) must not be set.
+    """
+
+    kind: Literal["moduleformer", "dense"] = "moduleformer"
+    vocab_size: PositiveInt = 50295
+    n_layer: PositiveInt = 24
+    n_embd: PositiveInt = 1024
+    n_head: PositiveInt = Field(1, description="heads inside each attention expert")
+    att_hidden: PositiveInt = Field(1024, description="attention width of one expert: n_head * head channels")
+    ffd_hidden: PositiveInt = Field(2048, description="hidden width of one MLP expert")
+    n_att_experts: PositiveInt = 16
+    n_mlp_experts: PositiveInt = 32
+    k_att: PositiveInt = 2
+    k_mlp: PositiveInt = 2
+    gate_type: GateType = "mlp"
+    gating_size: PositiveInt = 256
+    activation_function: Activation = "gelu_new"
+    layer_norm_epsilon: float = Field(1e-5, gt=0)
+    initializer_range: float = Field(0.02, gt=0)
+    sample_topk: int = Field(0, ge=0, description="how many of the top k are drawn at random in training")
+    embd_pdrop: float = Field(0.0, ge=0, lt=1)
+    resid_pdrop: float = Field(0.0, ge=0, lt=1)
+    moe_pdrop: float = Field(0.0, ge=0, lt=1)
+    block_size: PositiveInt = Field(512, description="training segment length, informational in the public layout")
+    history_length: int = Field(512, ge=0, description="earlier tokens a segment may see (detached history)")
+    bos_token_id: int | None = 50256
+    eos_token_id: int | None = 50256
+
+    @property
+    def head_dim(self) -> int:
+        """Channels C of one head."""
+        return self.att_hidden // self.n_head
+
+    @property
+    def shares_kv(self) -> bool:
+        """True where K = V = the normalised input (identity projections), as in all released models."""
+        return self.kind == "moduleformer" and self.att_hidden == self.n_embd and self.n_head == 1
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ModelConfig":
+        if self.att_hidden % self.n_head:
+            raise ValueError(f"att_hidden={self.att_hidden} is not divisible by n_head={self.n_head}")
+        if self.kind == "dense":
+            expert_fields = {
+                "n_att_experts", "n_mlp_experts", "k_att", "k_mlp",
+                "gate_type", "gating_size", "sample_topk", "moe_pdrop",
+            }  # fmt: skip
+            given = sorted(expert_fields & self.model_fields_set)
+            if given:
+                raise ValueError(f"kind=dense has no experts, but these were set: {', '.join(given)}")
+            return self
+        for kind, k, num_experts in (
+            ("att", self.k_att, self.n_att_experts),
+            ("mlp", self.k_mlp, self.n_mlp_experts),
+        ):
+            if k > num_experts:
+                raise ValueError(f"k_{kind}={k} is larger than n_{kind}_experts={num_experts}")
+            if self.sample_topk > k:
+                raise ValueError(f"sample_topk={self.sample_topk} is larger than k_{kind}={k}")
+        return self

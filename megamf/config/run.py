@@ -1,0 +1,191 @@
+"""The validated configuration of one run: one section per room, each key with an effect."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from megamf.config.base import Section
+from megamf.config.model import ModelConfig
+
+
+class Run(Section):
+    """Where the run lives and the seed from which every random number of it is derived."""
+
+    dir: Path = Path("runs/default")
+    seed: int = Field(0, ge=0)
+
+
+class Source(Section):
+    """One part of a data blend: the path of an indexed dataset without `.bin`/`.idx`, and its weight."""
+
+    path: Path
+    weight: PositiveFloat = 1.0
+
+
+class Data(Section):
+    """What is trained and evaluated on."""
+
+    tokenizer: Path | None = Field(None, description="sentencepiece .model or Hugging Face tokenizer.json")
+    train: list[Source] = Field(default_factory=list)
+    valid: list[Source] = Field(default_factory=list)
+    valid_fraction: float = Field(
+        0.0, ge=0, lt=1, description="without `valid`: the last share of each training source's documents"
+    )
+    document_mask: bool = Field(True, description="no token attends to another document")
+
+    @model_validator(mode="after")
+    def _one_kind_of_split(self) -> "Data":
+        if self.valid and self.valid_fraction:
+            raise ValueError(
+                f"data.valid names {len(self.valid)} sources and data.valid_fraction={self.valid_fraction}: "
+                "give one of the two"
+            )
+        return self
+
+
+class Losses(Section):
+    """The objective beside cross entropy. Balance losses see the statistics named by `scope`."""
+
+    balance: Literal["mi", "switch", "none"] = "mi"
+    balance_weight: NonNegativeFloat = 1e-3
+    scope: Literal["global_batch", "micro_batch", "rank"] = Field(
+        "global_batch",
+        description="global_batch: exact over all ranks and accumulation steps (with accumulation it costs one more "
+        "forward pass); micro_batch: over all ranks of one accumulation step; rank: one rank's micro batch",
+    )
+    z_weight: NonNegativeFloat = Field(0.0, description="router z-loss: mean squared logsumexp of the router logits")
+    concentration: NonNegativeFloat = Field(0.0, description="weight of the load concentration loss H(m)")
+    routing_regularisation: NonNegativeFloat = Field(0.0, description="weight of ||A||^2 of the router output matrix")
+
+    @model_validator(mode="after")
+    def _no_tug_of_war(self) -> "Losses":
+        if self.concentration and self.balance != "none" and self.balance_weight:
+            raise ValueError(
+                f"losses.concentration={self.concentration} and losses.balance={self.balance} with weight "
+                f"{self.balance_weight} pull the load in opposite directions: set losses.balance=none"
+            )
+        return self
+
+
+class Optim(Section):
+    """AdamW and its learning-rate schedule, in steps."""
+
+    lr: PositiveFloat = 3e-4
+    min_lr: NonNegativeFloat = 3e-5
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = Field(0.1, description="applied to matrices only")
+    clip: NonNegativeFloat = Field(1.0, description="global gradient norm; 0 turns clipping off")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    warmup_steps: NonNegativeInt = 100
+    decay_steps: NonNegativeInt = Field(0, description="wsd only: the length of the final decay")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Optim":
+        if self.min_lr > self.lr:
+            raise ValueError(f"optim.min_lr={self.min_lr} is larger than optim.lr={self.lr}")
+        if self.decay_steps and self.schedule != "wsd":
+            raise ValueError(f"optim.decay_steps={self.decay_steps} needs optim.schedule=wsd, not {self.schedule}")
+        if self.schedule == "wsd" and not self.decay_steps:
+            raise ValueError("optim.schedule=wsd needs optim.decay_steps > 0, not 0")
+        return self
+
+
+class Train(Section):
+    """How long and in what portions. `micro_batch` and `global_batch` are in sequences."""
+
+    steps: PositiveInt = 1000
+    seq_len: PositiveInt = 512
+    micro_batch: PositiveInt = 1
+    global_batch: PositiveInt = 8
+    precision: Literal["fp32", "bf16"] = "fp32"
+    activation_checkpointing: Literal["none", "experts", "full"] = "none"
+    eval_every: NonNegativeInt = Field(0, description="steps between evaluations; 0 evaluates at the end only")
+    eval_batches: PositiveInt = Field(16, description="global batches per evaluation")
+    loss_chunk: PositiveInt = Field(4096, description="tokens whose logits are in memory at one time")
+
+    @model_validator(mode="after")
+    def _portions(self) -> "Train":
+        if self.global_batch % self.micro_batch:
+            raise ValueError(
+                f"train.global_batch={self.global_batch} is not divisible by train.micro_batch={self.micro_batch}"
+            )
+        return self
+
+    def accumulation_steps(self, num_ranks: int) -> int:
+        """Micro batches each of `num_ranks` ranks runs per optimizer step."""
+        per_round = self.micro_batch * num_ranks
+        if self.global_batch % per_round:
+            raise ValueError(
+                f"train.global_batch={self.global_batch} is not divisible by train.micro_batch={self.micro_batch} "
+                f"x {num_ranks} ranks = {per_round}"
+            )
+        return self.global_batch // per_round
+
+
+class Parallel(Section):
+    """The layout. `ep` ranks share one copy of the experts; every rank is a data-parallel rank."""
+
+    ep: PositiveInt = 1
+
+    def check(self, num_ranks: int, model: ModelConfig) -> None:
+        """Raise ValueError unless `num_ranks` and the experts of `model` can be laid out with this `ep`."""
+        if num_ranks % self.ep:
+            raise ValueError(f"world size {num_ranks} is not divisible by parallel.ep={self.ep}")
+        if model.kind == "dense":
+            if self.ep > 1:
+                raise ValueError(f"parallel.ep={self.ep} needs experts, but model.kind=dense has none")
+            return
+        for name in ("n_att_experts", "n_mlp_experts"):
+            if getattr(model, name) % self.ep:
+                raise ValueError(f"model.{name}={getattr(model, name)} is not divisible by parallel.ep={self.ep}")
+
+
+class Checkpoint(Section):
+    """When checkpoints are written and which are kept."""
+
+    every: NonNegativeInt = Field(500, description="steps between checkpoints; 0 writes one at the end only")
+    keep: NonNegativeInt = Field(3, description="the newest N stay; 0 keeps all")
+    keep_every: NonNegativeInt = Field(0, description="checkpoints at multiples of this step are never rotated out")
+    resume: str = Field("auto", description="auto | never | path of a checkpoint or of a run directory")
+    background: bool = Field(False, description="write while training goes on")
+    previous_on_damage: bool = Field(
+        False, description="on resume=auto, a damaged newest checkpoint is passed over for the one before"
+    )
+
+
+class Logging(Section):
+    """What is recorded."""
+
+    every: PositiveInt = Field(1, description="steps between lines of metrics.jsonl")
+    module_load_every: NonNegativeInt = Field(10, description="steps between module load records; 0 turns them off")
+    tensorboard: bool = True
+    wandb: str | None = Field(None, description="W&B project; needs the wandb package")
+    progress: bool = True
+
+
+class RunConfig(Section):
+    """Everything that defines a run. `deepspeed` is the name of a packaged JSON (`zero1`) or a path."""
+
+    run: Run = Field(default_factory=Run)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: Data = Field(default_factory=Data)
+    losses: Losses = Field(default_factory=Losses)
+    optim: Optim = Field(default_factory=Optim)
+    train: Train = Field(default_factory=Train)
+    parallel: Parallel = Field(default_factory=Parallel)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    logging: Logging = Field(default_factory=Logging)
+    deepspeed: str = "zero1"
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> "RunConfig":
+        span = self.optim.warmup_steps + self.optim.decay_steps
+        if span > self.train.steps:
+            raise ValueError(
+                f"optim.warmup_steps={self.optim.warmup_steps} + optim.decay_steps={self.optim.decay_steps} "
+                f"= {span} is longer than train.steps={self.train.steps}"
+            )
+        return self

@@ -1,0 +1,1 @@
+"""The ModuleFormer, for training and inference, without any process group."""

@@ -1,0 +1,1 @@
+"""Operations on tensors: a slow specification (`naive.py`) and faster implementations tested against it."""

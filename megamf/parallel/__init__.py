@@ -1,0 +1,1 @@
+"""Rank grid, token dispatch between ranks, and the DeepSpeed glue."""

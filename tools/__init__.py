@@ -1,0 +1,1 @@
+"""Jobs: one file a job, run by `megamf JOB` or as a script."""
