@@ -5,4 +5,13 @@ from megamf.config.load import dump, load_config, preset_names, to_tree, validat
 from megamf.config.model import ModelConfig
 from megamf.config.run import RunConfig
 
-__all__ = ["ConfigError", "ModelConfig", "RunConfig", "dump", "load_config", "preset_names", "to_tree", "validate"]
+__all__ = [
+    "ConfigError",
+    "ModelConfig",
+    "RunConfig",
+    "dump",
+    "load_config",
+    "preset_names",
+    "to_tree",
+    "validate",
+]

@@ -111,7 +111,9 @@ def _no_duplicates(loader: _Loader, node: yaml.MappingNode, deep: bool = False) 
         key = loader.construct_object(key_node, deep=True)
         value = loader.construct_object(value_node, deep=True)
         if key in seen:
-            raise ConfigError(f"line {key_node.start_mark.line + 1}: key {key!r} is given twice: {seen[key]!r} and {value!r}")
+            raise ConfigError(
+                f"line {key_node.start_mark.line + 1}: key {key!r} is given twice: {seen[key]!r} and {value!r}"
+            )
         seen[key] = _number(value) if isinstance(value, str) else value
     return seen
 

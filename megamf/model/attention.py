@@ -1,0 +1,120 @@
+"""Stick-breaking attention: as a mixture of attention experts, and dense for the baselines.
+
+Shapes: B batch, T query time, S key time, N = B*T tokens, D width, A attention width of one expert, K top-k,
+G heads inside each expert (= key/value heads), H = K*G query heads, C = A/G head channels, R rows by local expert.
+Source: the released ModuleFormer. Each expert owns a query and an output projection; keys and values are shared.
+"""
+
+import torch
+from torch import nn
+
+from megamf.config import ModelConfig
+from megamf.model.cache import LayerCache
+from megamf.model.dispatch import Dispatcher
+from megamf.model.experts import RoutedExperts
+from megamf.model.router import RouterStats
+from megamf.ops.stickbreaking import stickbreaking_attention, stickbreaking_decode
+
+
+class ExpertAttention(nn.Module):
+    """Mixture of attention heads: sum over the chosen e of p_e * W_o^e Attn(W_q^e x, K, V).
+
+    K = V = x where `config.shares_kv` (all released models), else linear maps with bias.
+    """
+
+    def __init__(self, config: ModelConfig, dispatcher: Dispatcher) -> None:
+        super().__init__()
+        self.num_heads = config.n_head
+        self.q_proj = RoutedExperts(config, config.n_att_experts, config.k_att, config.att_hidden, dispatcher)
+        if config.shares_kv:
+            self.k_proj = self.v_proj = None
+        else:
+            self.k_proj = nn.Linear(config.n_embd, config.att_hidden)
+            self.v_proj = nn.Linear(config.n_embd, config.att_hidden)
+
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        start_BT: torch.Tensor | None = None,
+        key_mask_BS: torch.Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> tuple[torch.Tensor, RouterStats]:
+        """x_BTD -> y_BTD and the router's statistics. start_BT, key_mask_BS: see `stickbreaking_attention`."""
+        B, T, _ = x_BTD.shape
+        experts = self.q_proj
+        x_ND = x_BTD.flatten(0, 1)
+        routing = experts.gate(x_ND)
+        plan = experts.dispatcher.plan(routing.expert_NK, experts.num_experts)
+
+        q_RA = experts.experts(experts.dispatcher.dispatch(x_ND, plan), plan.count_L)
+        q_NKA = experts.dispatcher.combine(q_RA, plan, None)
+        q_BHTC = split_heads(q_NKA.view(B, T, -1), plan.top_k * self.num_heads)
+        k_BGSC, v_BGSC = self.keys_and_values(x_BTD)
+        if cache is not None:
+            k_BGSC, v_BGSC = cache.append(k_BGSC, v_BGSC)
+        o_BHTC = attend(q_BHTC, k_BGSC, v_BGSC, start_BT, key_mask_BS)
+        o_NKA = o_BHTC.transpose(1, 2).reshape(B * T, plan.top_k, -1)
+
+        y_RD = experts.output_experts(experts.dispatcher.dispatch(o_NKA, plan), plan.count_L)
+        y_ND = experts.dispatcher.combine(y_RD, plan, routing.gate_NK)
+        return y_ND.view_as(x_BTD), routing.stats
+
+    def keys_and_values(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x_BTD -> k_BGTC and v_BGTC, the same object where K = V."""
+        if self.k_proj is None or self.v_proj is None:
+            shared_BGTC = split_heads(x_BTD, self.num_heads)
+            return shared_BGTC, shared_BGTC
+        return split_heads(self.k_proj(x_BTD), self.num_heads), split_heads(
+            self.v_proj(x_BTD), self.num_heads
+        )
+
+
+class DenseAttention(nn.Module):
+    """Multi-head stick-breaking attention with dense projections."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads = config.n_head
+        self.q_proj = nn.Linear(config.n_embd, config.att_hidden, bias=False)
+        self.k_proj = nn.Linear(config.n_embd, config.att_hidden)
+        self.v_proj = nn.Linear(config.n_embd, config.att_hidden)
+        self.o_proj = nn.Linear(config.att_hidden, config.n_embd, bias=False)
+
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        start_BT: torch.Tensor | None = None,
+        key_mask_BS: torch.Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> tuple[torch.Tensor, None]:
+        """x_BTD -> y_BTD; a dense layer has no router statistics."""
+        q_BHTC = split_heads(self.q_proj(x_BTD), self.num_heads)
+        k_BHSC = split_heads(self.k_proj(x_BTD), self.num_heads)
+        v_BHSC = split_heads(self.v_proj(x_BTD), self.num_heads)
+        if cache is not None:
+            k_BHSC, v_BHSC = cache.append(k_BHSC, v_BHSC)
+        o_BHTC = attend(q_BHTC, k_BHSC, v_BHSC, start_BT, key_mask_BS)
+        return self.o_proj(o_BHTC.transpose(1, 2).flatten(2)), None
+
+
+def split_heads(x_BTA: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """x_BTA -> view [B, heads, T, A / heads]."""
+    B, T, A = x_BTA.shape
+    return x_BTA.view(B, T, num_heads, A // num_heads).transpose(1, 2)
+
+
+def attend(
+    q_BHTC: torch.Tensor,
+    k_BGSC: torch.Tensor,
+    v_BGSC: torch.Tensor,
+    start_BT: torch.Tensor | None,
+    key_mask_BS: torch.Tensor | None,
+) -> torch.Tensor:
+    """o_BHTC; one query without gradient takes the decoding kernel."""
+    if q_BHTC.shape[2] == 1 and not torch.is_grad_enabled():
+        start_B = None if start_BT is None else start_BT[:, 0]
+        o_BHC = stickbreaking_decode(
+            q_BHTC[:, :, 0], k_BGSC, v_BGSC, start_B=start_B, key_mask_BS=key_mask_BS
+        )
+        return o_BHC.unsqueeze(2)
+    return stickbreaking_attention(q_BHTC, k_BGSC, v_BGSC, start_BT=start_BT, key_mask_BS=key_mask_BS)

@@ -1,0 +1,79 @@
+"""How tokens reach their experts: the interface the model relies on, and its one-process form.
+
+Shapes: N tokens, D width, K experts a token, E experts, L local experts, R rows that this process computes.
+
+A dispatcher is handed to the model, which knows no process group. `megamf.parallel.dispatch` has the form that
+moves tokens between ranks. One `Plan` is made for every routing decision and reused by the query and the output
+projection of an attention layer.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from megamf.ops.permutation import permute, sort_by_expert, unpermute
+
+
+@dataclass
+class Plan:
+    """Where the N*K routed copies of one routing decision go.
+
+    order_R, inverse_R: int64 [N*K], the copies in expert order and back. count_L: int64 [L], rows of each local
+    expert in the tensors that `dispatch` returns. transport: what a distributed dispatcher adds.
+    """
+
+    order_R: torch.Tensor
+    inverse_R: torch.Tensor
+    count_L: torch.Tensor
+    top_k: int
+    transport: Any = None
+
+
+class Dispatcher(Protocol):
+    """What the model asks of a dispatcher."""
+
+    def expert_range(self, num_experts: int) -> range:
+        """The global indices of the experts that live in this process."""
+
+    def plan(self, expert_NK: torch.Tensor, num_experts: int) -> Plan:
+        """Prepare the routing decision `expert_NK` (int64); collective where ranks are involved."""
+
+    def dispatch(self, x: torch.Tensor, plan: Plan) -> torch.Tensor:
+        """x_ND (one row a token) or x_NKD (one row a copy) -> x_RD, rows grouped by local expert."""
+
+    def combine(self, y_RD: torch.Tensor, plan: Plan, gate_NK: torch.Tensor | None) -> torch.Tensor:
+        """y_RD -> y_ND weighted by the gates, or y_NKD (each copy by itself) where gate_NK is None."""
+
+
+class LocalDispatcher:
+    """All experts in this process: sort the copies by expert, and back."""
+
+    def expert_range(self, num_experts: int) -> range:
+        return range(num_experts)
+
+    def plan(self, expert_NK: torch.Tensor, num_experts: int) -> Plan:
+        order_R, inverse_R, count_E = sort_by_expert(expert_NK, num_experts)
+        return Plan(order_R, inverse_R, count_E, expert_NK.shape[1])
+
+    def dispatch(self, x: torch.Tensor, plan: Plan) -> torch.Tensor:
+        return sort_copies(x, plan)
+
+    def combine(self, y_RD: torch.Tensor, plan: Plan, gate_NK: torch.Tensor | None) -> torch.Tensor:
+        return unsort_copies(y_RD, plan, gate_NK)
+
+
+def sort_copies(x: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """x_ND or x_NKD -> rows in expert order [N*K, D]."""
+    if x.dim() == 3:
+        return permute(x.reshape(-1, x.shape[-1]), plan.order_R, plan.inverse_R, 1)
+    return permute(x, plan.order_R, plan.inverse_R, plan.top_k)
+
+
+def unsort_copies(y_RD: torch.Tensor, plan: Plan, gate_NK: torch.Tensor | None) -> torch.Tensor:
+    """Rows in expert order [N*K, D] -> gated sum y_ND, or y_NKD where gate_NK is None."""
+    if gate_NK is None:
+        # Undoing a permutation is the permutation with its two index lists exchanged.
+        copies = permute(y_RD, plan.inverse_R, plan.order_R, 1)
+        return copies.view(-1, plan.top_k, y_RD.shape[-1])
+    return unpermute(y_RD, plan.order_R, plan.inverse_R, gate_NK)

@@ -1,0 +1,50 @@
+"""A router, its experts' input and output projections, and what is common to attention and MLP experts.
+
+Shapes: N tokens, D width, L local experts, K top-k, R rows grouped by local expert, F expert width.
+Parameter names and layout ([expert, in, out], y = x W) are those of the public checkpoints.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megamf.config import ModelConfig
+from megamf.model.dispatch import Dispatcher
+from megamf.model.router import Router
+from megamf.ops.grouped_linear import grouped_linear
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+
+class ExpertLinear(nn.Module):
+    """One bias-free linear map for each local expert: weight_LDF."""
+
+    def __init__(self, num_local: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_local, in_features, out_features))
+
+    def forward(self, x_RD: torch.Tensor, count_L: torch.Tensor) -> torch.Tensor:
+        """Rows grouped by expert x_RD, count_L int64 -> y_RF."""
+        return grouped_linear(x_RD, self.weight, count_L)
+
+
+class RoutedExperts(nn.Module):
+    """Router `gate`, input projections `experts` [L, D, F] and output projections `output_experts` [L, F, D]."""
+
+    def __init__(
+        self, config: ModelConfig, num_experts: int, top_k: int, hidden: int, dispatcher: Dispatcher
+    ) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.dispatcher = dispatcher
+        self.local_experts = dispatcher.expert_range(num_experts)
+        self.gate = Router(config, num_experts, top_k)
+        self.experts = ExpertLinear(len(self.local_experts), config.n_embd, hidden)
+        self.output_experts = ExpertLinear(len(self.local_experts), hidden, config.n_embd)

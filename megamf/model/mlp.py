@@ -1,0 +1,53 @@
+"""The two feed-forward layers: a sparse mixture of experts, and the dense one of the baselines.
+
+Shapes: B batch, T time, N = B*T tokens, D width, F hidden width, R rows grouped by local expert.
+"""
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from megamf.config import ModelConfig
+from megamf.model.dispatch import Dispatcher
+from megamf.model.experts import ACTIVATIONS, RoutedExperts
+from megamf.model.router import RouterStats
+
+
+class ExpertMlp(RoutedExperts):
+    """Sparse feed-forward layer: sum over the chosen e of p_e * W2_e act(W1_e x)."""
+
+    def __init__(self, config: ModelConfig, dispatcher: Dispatcher) -> None:
+        super().__init__(config, config.n_mlp_experts, config.k_mlp, config.ffd_hidden, dispatcher)
+        self.activation = ACTIVATIONS[config.activation_function]
+        self.recompute = False
+
+    def forward(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, RouterStats]:
+        """x_BTD -> y_BTD and the router's statistics."""
+        x_ND = x_BTD.flatten(0, 1)
+        routing = self.gate(x_ND)
+        plan = self.dispatcher.plan(routing.expert_NK, self.num_experts)
+        x_RD = self.dispatcher.dispatch(x_ND, plan)
+        if self.recompute and self.training and torch.is_grad_enabled():
+            # Only local arithmetic is repeated in the backward pass, never a collective.
+            y_RD = checkpoint(self._compute, x_RD, plan.count_L, use_reentrant=False)
+        else:
+            y_RD = self._compute(x_RD, plan.count_L)
+        y_ND = self.dispatcher.combine(y_RD, plan, routing.gate_NK)
+        return y_ND.view_as(x_BTD), routing.stats
+
+    def _compute(self, x_RD: torch.Tensor, count_L: torch.Tensor) -> torch.Tensor:
+        return self.output_experts(self.activation(self.experts(x_RD, count_L)), count_L)
+
+
+class DenseMlp(nn.Module):
+    """W2 act(W1 x), no biases: one expert for every token."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.n_embd, config.ffd_hidden, bias=False)
+        self.fc2 = nn.Linear(config.ffd_hidden, config.n_embd, bias=False)
+        self.activation = ACTIVATIONS[config.activation_function]
+
+    def forward(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """x_BTD -> y_BTD; a dense layer has no router statistics."""
+        return self.fc2(self.activation(self.fc1(x_BTD))), None

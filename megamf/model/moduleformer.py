@@ -1,0 +1,101 @@
+"""The ModuleFormer: embedding, blocks, final norm, and an untied head; also its dense baseline.
+
+Shapes: B batch, T query time, S key time, D width, V vocabulary.
+Parameter names are exactly those of the public checkpoints (without their mask buffers).
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from megamf.config import ModelConfig
+from megamf.model.block import Block
+from megamf.model.cache import Cache
+from megamf.model.dispatch import Dispatcher, LocalDispatcher
+from megamf.model.mlp import ExpertMlp
+from megamf.model.router import RouterStats
+
+
+@dataclass
+class Output:
+    """hidden_BTD after the final norm; statistics of every router, layer by layer, attention before MLP."""
+
+    hidden_BTD: torch.Tensor
+    stats: list[RouterStats] = field(default_factory=list)
+
+
+class Backbone(nn.Module):
+    """Everything but the head: `wte`, `h`, `ln_f`. There is no positional encoding."""
+
+    def __init__(self, config: ModelConfig, dispatcher: Dispatcher | None = None) -> None:
+        super().__init__()
+        self.config = config
+        dispatcher = dispatcher or LocalDispatcher()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.embedding_dropout = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList(Block(config, dispatcher) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.recompute_blocks = False
+
+    def forward(
+        self,
+        input_BT: torch.Tensor | None = None,
+        *,
+        start_BT: torch.Tensor | None = None,
+        key_mask_BS: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        embedding_BTD: torch.Tensor | None = None,
+    ) -> Output:
+        """Token ids input_BT (int64), or their embeddings -> Output.
+
+        start_BT and key_mask_BS as in `stickbreaking_attention`, over the keys of the cache and then of this call.
+        With a cache, earlier positions are seen but carry no gradient (segment history).
+        """
+        h_BTD = self.embedding_dropout(self.wte(input_BT) if embedding_BTD is None else embedding_BTD)
+        stats: list[RouterStats] = []
+        recompute = self.recompute_blocks and self.training and torch.is_grad_enabled() and cache is None
+        for i, block in enumerate(self.h):
+            layer_cache = None if cache is None else cache.layers[i]
+            if recompute:
+                h_BTD, *found = checkpoint(block, h_BTD, start_BT, key_mask_BS, use_reentrant=False)
+            else:
+                h_BTD, *found = block(h_BTD, start_BT, key_mask_BS, layer_cache)
+            stats.extend(item for item in found if item is not None)
+        return Output(self.ln_f(h_BTD), stats)
+
+
+class ModuleFormer(nn.Module):
+    """Backbone `transformer` and language-model head `lm_head`.
+
+    With a distributed dispatcher the expert tensors hold the local experts only. Weights are uninitialised until
+    `megamf.model.init.initialise` or a checkpoint fills them.
+    """
+
+    def __init__(self, config: ModelConfig, dispatcher: Dispatcher | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Backbone(config, dispatcher)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+
+    def forward(self, input_BT: torch.Tensor, **kwargs) -> Output:
+        """See `Backbone.forward`; the head is applied apart, by `logits` or by the chunked loss."""
+        return self.transformer(input_BT, **kwargs)
+
+    def logits(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """hidden_BTD -> logits_BTV."""
+        return self.lm_head(hidden_BTD)
+
+    def new_cache(self) -> Cache:
+        """An empty cache for decoding or for segments with history."""
+        return Cache(self.config.n_layer)
+
+    def set_activation_checkpointing(self, mode: str) -> None:
+        """`none`; `experts`: recompute inside the MLP experts; `full`: recompute every block."""
+        if mode not in ("none", "experts", "full"):
+            raise ValueError(f"activation checkpointing mode {mode!r} is not one of none, experts, full")
+        self.transformer.recompute_blocks = mode == "full"
+        for module in self.modules():
+            if isinstance(module, ExpertMlp):
+                module.recompute = mode == "experts"
