@@ -1,6 +1,9 @@
-"""What every configuration section shares: unknown keys are refused, values are checked, nothing is coerced silently."""
+"""What every configuration section shares: unknown keys are refused, values checked, nothing coerced."""
 
-from pydantic import BaseModel, ConfigDict
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from megamf.errors import UserError
 
@@ -9,7 +12,11 @@ class ConfigError(UserError):
     """A mistake in the user's configuration or command line; jobs answer it with exit code 2."""
 
 
-class Section(BaseModel):
-    """A configuration section. Unknown keys are errors, and defaults are validated like given values."""
+# Strict sections take a Path only; YAML has but text for one.
+TextPath = Annotated[Path, Field(strict=False)]
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, validate_assignment=True)
+
+class Section(BaseModel):
+    """A configuration section. Unknown keys are errors, types are not converted, defaults are validated too."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, validate_assignment=True)

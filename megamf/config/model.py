@@ -37,9 +37,7 @@ class ModelConfig(Section):
     embd_pdrop: float = Field(0.0, ge=0, lt=1)
     resid_pdrop: float = Field(0.0, ge=0, lt=1)
     moe_pdrop: float = Field(0.0, ge=0, lt=1)
-    block_size: PositiveInt = Field(
-        512, description="training segment length, informational in the public layout"
-    )
+    block_size: PositiveInt = Field(512, description="training segment length, informational in the public layout")
     history_length: int = Field(512, ge=0, description="earlier tokens a segment may see (detached history)")
     bos_token_id: int | None = 50256
     eos_token_id: int | None = 50256

@@ -5,28 +5,28 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from megamf.config.base import Section
+from megamf.config.base import Section, TextPath
 from megamf.config.model import ModelConfig
 
 
 class Run(Section):
     """Where the run lives and the seed from which every random number of it is derived."""
 
-    dir: Path = Path("runs/default")
+    dir: TextPath = Path("runs/default")
     seed: int = Field(0, ge=0)
 
 
 class Source(Section):
     """One part of a data blend: the path of an indexed dataset without `.bin`/`.idx`, and its weight."""
 
-    path: Path
+    path: TextPath
     weight: PositiveFloat = 1.0
 
 
 class Data(Section):
     """What is trained and evaluated on."""
 
-    tokenizer: Path | None = Field(None, description="sentencepiece .model or Hugging Face tokenizer.json")
+    tokenizer: TextPath | None = Field(None, description="sentencepiece .model or Hugging Face tokenizer.json")
     train: list[Source] = Field(default_factory=list)
     valid: list[Source] = Field(default_factory=list)
     valid_fraction: float = Field(
@@ -54,13 +54,9 @@ class Losses(Section):
         description="global_batch: exact over all ranks and accumulation steps (with accumulation it costs one more "
         "forward pass); micro_batch: over all ranks of one accumulation step; rank: one rank's micro batch",
     )
-    z_weight: NonNegativeFloat = Field(
-        0.0, description="router z-loss: mean squared logsumexp of the router logits"
-    )
+    z_weight: NonNegativeFloat = Field(0.0, description="router z-loss: mean squared logsumexp of the router logits")
     concentration: NonNegativeFloat = Field(0.0, description="weight of the load concentration loss H(m)")
-    routing_regularisation: NonNegativeFloat = Field(
-        0.0, description="weight of ||A||^2 of the router output matrix"
-    )
+    routing_regularisation: NonNegativeFloat = Field(0.0, description="weight of ||A||^2 of the router output matrix")
 
     @model_validator(mode="after")
     def _no_tug_of_war(self) -> "Losses":
@@ -91,9 +87,7 @@ class Optim(Section):
         if self.min_lr > self.lr:
             raise ValueError(f"optim.min_lr={self.min_lr} is larger than optim.lr={self.lr}")
         if self.decay_steps and self.schedule != "wsd":
-            raise ValueError(
-                f"optim.decay_steps={self.decay_steps} needs optim.schedule=wsd, not {self.schedule}"
-            )
+            raise ValueError(f"optim.decay_steps={self.decay_steps} needs optim.schedule=wsd, not {self.schedule}")
         if self.schedule == "wsd" and not self.decay_steps:
             raise ValueError("optim.schedule=wsd needs optim.decay_steps > 0, not 0")
         return self
@@ -108,9 +102,7 @@ class Train(Section):
     global_batch: PositiveInt = 8
     precision: Literal["fp32", "bf16"] = "fp32"
     activation_checkpointing: Literal["none", "experts", "full"] = "none"
-    eval_every: NonNegativeInt = Field(
-        0, description="steps between evaluations; 0 evaluates at the end only"
-    )
+    eval_every: NonNegativeInt = Field(0, description="steps between evaluations; 0 evaluates at the end only")
     eval_batches: PositiveInt = Field(16, description="global batches per evaluation")
     loss_chunk: PositiveInt = Field(4096, description="tokens whose logits are in memory at one time")
 
@@ -148,9 +140,7 @@ class Parallel(Section):
             return
         for name in ("n_att_experts", "n_mlp_experts"):
             if getattr(model, name) % self.ep:
-                raise ValueError(
-                    f"model.{name}={getattr(model, name)} is not divisible by parallel.ep={self.ep}"
-                )
+                raise ValueError(f"model.{name}={getattr(model, name)} is not divisible by parallel.ep={self.ep}")
 
 
 class Checkpoint(Section):
@@ -158,9 +148,7 @@ class Checkpoint(Section):
 
     every: NonNegativeInt = Field(500, description="steps between checkpoints; 0 writes one at the end only")
     keep: NonNegativeInt = Field(3, description="the newest N stay; 0 keeps all")
-    keep_every: NonNegativeInt = Field(
-        0, description="checkpoints at multiples of this step are never rotated out"
-    )
+    keep_every: NonNegativeInt = Field(0, description="checkpoints at multiples of this step are never rotated out")
     resume: str = Field("auto", description="auto | never | path of a checkpoint or of a run directory")
     background: bool = Field(False, description="write while training goes on")
     previous_on_damage: bool = Field(
@@ -172,9 +160,7 @@ class Logging(Section):
     """What is recorded."""
 
     every: PositiveInt = Field(1, description="steps between lines of metrics.jsonl")
-    module_load_every: NonNegativeInt = Field(
-        10, description="steps between module load records; 0 turns them off"
-    )
+    module_load_every: NonNegativeInt = Field(10, description="steps between module load records; 0 turns them off")
     tensorboard: bool = True
     wandb: str | None = Field(None, description="W&B project; needs the wandb package")
     progress: bool = True

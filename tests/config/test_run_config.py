@@ -1,0 +1,68 @@
+"""Portions, layouts and derived sizes."""
+
+import pytest
+from pydantic import ValidationError
+
+from megamf.config import ModelConfig, RunConfig, load_config
+from megamf.config.run import Parallel
+
+
+def test_accumulation_steps_share_the_global_batch():
+    train = load_config(overrides=["train.global_batch=48", "train.micro_batch=4"]).train
+    assert [train.accumulation_steps(ranks) for ranks in (1, 2, 4)] == [12, 6, 3]
+    with pytest.raises(ValueError, match=r"global_batch=48.*micro_batch=4.* 5 ranks = 20"):
+        train.accumulation_steps(5)
+
+
+@pytest.mark.parametrize(
+    ("ep", "ranks", "message"),
+    [(4, 6, "world size 6 .*ep=4"), (3, 3, "n_att_experts=16 .*ep=3"), (16, 16, None)],
+)
+def test_layouts_are_checked_against_ranks_and_experts(ep, ranks, message):
+    if message is None:
+        Parallel(ep=ep).check(ranks, ModelConfig())
+        return
+    with pytest.raises(ValueError, match=message):
+        Parallel(ep=ep).check(ranks, ModelConfig())
+
+
+def test_a_dense_model_has_nothing_to_share():
+    with pytest.raises(ValueError, match=r"ep=2 .*dense"):
+        Parallel(ep=2).check(2, ModelConfig(kind="dense"))
+
+
+def test_keys_and_values_are_shared_exactly_as_in_the_release():
+    assert ModelConfig().shares_kv
+    assert not ModelConfig(n_head=8).shares_kv
+    assert not ModelConfig(att_hidden=512).shares_kv
+    assert not ModelConfig(kind="dense").shares_kv
+    assert load_config(preset="molm-8b-hd128").model.head_dim == 128
+
+
+def test_sections_check_later_changes_too():
+    config = RunConfig()
+    with pytest.raises(ValidationError):
+        config.train.steps = -1
+
+
+@pytest.mark.parametrize("preset", ["molm-350m-4b", "molm-700m-4b", "molm-700m-8b", "molm-8b-hd128", "dense-350m"])
+def test_release_presets_train_the_published_budget(preset):
+    config = load_config(preset=preset)
+    batch = config.train.global_batch * config.train.seq_len
+    assert abs(batch / 3e6 - 1) < 0.05
+    assert abs(batch * config.train.steps / 300e9 - 1) < 1e-4
+    for ranks in (1, 8, 64):
+        config.train.accumulation_steps(ranks)
+        config.parallel.check(ranks, config.model)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_packaged_deepspeed_files_leave_the_portions_to_the_run(stage):
+    import json
+    from importlib import resources
+
+    tree = json.loads((resources.files("megamf.ds_configs") / f"zero{stage}.json").read_text())
+    assert tree["zero_optimization"]["stage"] == stage
+    portions = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    assert {tree[key] for key in portions} == {"auto"}
+    assert tree["bf16"]["enabled"] == "auto"
