@@ -1,0 +1,61 @@
+"""Saving beside training: a copy of the tensors, and one thread that writes it."""
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+
+def snapshot(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Contiguous CPU copies in memory of their own, which training cannot change while they are written."""
+    items = tensors.items() if isinstance(tensors, Mapping) else tensors
+    return {name: torch.empty(t.shape, dtype=t.dtype).copy_(t.detach()) for name, t in items}
+
+
+class BackgroundWriter:
+    """Runs one save at a time in a thread that the interpreter waits for at its end.
+
+    An error of a save is raised again by the next `submit`, `wait` or `close`, once.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is in flight."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def submit(self, fn: Callable[[], object]) -> None:
+        """Start `fn` in the background, after waiting for the save before it. Raises that save's error instead."""
+        self.wait()
+        # Not a daemon: a save that training ended upon is finished, not torn.
+        self._thread = threading.Thread(target=self._run, args=(fn,), name="checkpoint-writer", daemon=False)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for the save in flight, if any, and raise its error."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        """The same as `wait`; the writer can be used again."""
+        self.wait()
+
+    def __enter__(self) -> "BackgroundWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(self, fn: Callable[[], object]) -> None:
+        try:
+            fn()
+        except BaseException as error:
+            self._error = error
