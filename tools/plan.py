@@ -16,14 +16,18 @@ GIB = 2**30
 
 def main(argv: list[str] | None = None) -> int:
     """Print the plan; exit code 1 when no layout fits the device."""
-    args = _parser().parse_args(argv)
+    args = _parser().parse_intermixed_args(argv)
     if args.ranks < 1:
         raise ConfigError(f"--ranks {args.ranks}: at least one rank")
     if args.imbalance < 1:
         raise ConfigError(f"--imbalance {args.imbalance}: at least 1, the even share")
     if args.device == "cpu" and args.memory_gib is None:
         raise ConfigError("--device cpu needs --memory-gib, the memory of one rank")
-    config = load_config(args.config, preset=args.preset, overrides=args.overrides)
+    files = [word for word in args.words if "=" not in word]
+    if len(files) > 1:
+        raise ConfigError(f"one configuration file, not {len(files)}: {' '.join(files)}")
+    overrides = [word for word in args.words if "=" in word]
+    config = load_config(files[0] if files else None, preset=args.preset, overrides=overrides)
     memory = int(args.memory_gib * GIB) if args.memory_gib is not None else DEVICES[args.device].memory
     candidates = layouts(config, args.ranks, memory, eps=args.ep, imbalance=args.imbalance)
     best = recommend(candidates)
@@ -37,8 +41,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megamf plan", description=__doc__)
-    parser.add_argument("config", nargs="?", help="run configuration (YAML)")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a configuration value")
+    parser.add_argument(
+        "words", nargs="*", metavar="CONFIG.yaml | section.key=value", help="configuration and overrides"
+    )
     parser.add_argument("--preset", help="start from a packaged preset")
     parser.add_argument("--ranks", type=int, required=True, help="processes, one a device")
     parser.add_argument("--ep", type=int, nargs="+", help="only these expert-parallel degrees (default: all possible)")

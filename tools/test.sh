@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Install, build, lint and test, on a fresh machine too. Arguments go to pytest: bash tools/test.sh tests/ops -x
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
+
+install_oracle() { python -m pip install -q --no-deps megatron-core==0.16.1; }
+
+install_megamf data hf report test
+# The tests compare our indexed datasets with this package's; it is no dependency, and its own would replace torch.
+once oracle megatron-core==0.16.1 "megatron-core, an oracle of the tests" install_oracle
+
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+say "ruff"
+ruff check .
+ruff format --check .
+say "pytest"
+exec python -m pytest "$@"
