@@ -88,7 +88,7 @@ def _plan(
 
 
 def _row(layout: Layout) -> dict:
-    memory = {**asdict(layout.memory), "total": layout.memory.total}
+    memory = dict(layout.memory.rows())
     return {"ep": layout.ep, "zero_stage": layout.zero_stage, "fits": layout.fits, "bytes_per_rank": memory}
 
 

@@ -27,6 +27,10 @@ class RankMemory:
         """All of it."""
         return sum(asdict(self).values())
 
+    def rows(self) -> list[tuple[str, int]]:
+        """(name, bytes) of each part, and of the total."""
+        return [*asdict(self).items(), ("total", self.total)]
+
 
 def rank_memory(config: RunConfig, num_ranks: int, *, ep: int, zero_stage: int, imbalance: float = 1.5) -> RankMemory:
     """Bytes per rank when `num_ranks` train `config` with `ep` and `zero_stage` instead of its own layout.
