@@ -1,0 +1,65 @@
+"""From a validated configuration to a trainer with its data and callbacks: every check that needs no training."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from megamf.callbacks.checkpointing import Checkpointing
+from megamf.callbacks.evaluation import Evaluation
+from megamf.callbacks.guards import NonFiniteGuard
+from megamf.callbacks.metrics import Metrics, require_wandb
+from megamf.callbacks.preemption import Preemption
+from megamf.callbacks.progress import ProgressDisplay
+from megamf.config import ConfigError, RunConfig
+from megamf.data.loader import StepLoader, open_train, open_valid, valid_bytes_per_token
+from megamf.parallel.launch import Process, start, stop
+from megamf.parallel.zero import deepspeed_config
+from megamf.rundir import check_writable, claim
+from megamf.trainer import Trainer
+
+
+def check(config: RunConfig, num_ranks: int) -> None:
+    """Everything about the configuration and this number of ranks that can be known before work starts."""
+    try:
+        config.parallel.check(num_ranks, config.model)
+        config.train.accumulation_steps(num_ranks)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    deepspeed_config(config, num_ranks)
+    require_wandb(config)
+    if not config.data.train:
+        raise ConfigError("data.train is empty: give at least one {path, weight}")
+
+
+@contextmanager
+def build_trainer(config: RunConfig, process: Process) -> Iterator[tuple[Trainer, Preemption]]:
+    """Data, process group, model, engine and callbacks; closes what it opened when the block ends. Collective.
+
+    Whatever can be wrong with the input is found, on every rank alike, before the ranks meet.
+    """
+    check(config, process.world)
+    train, valid = open_train(config), open_valid(config)
+    check_writable(config.run.dir)
+    claim(config, write=process.rank == 0)
+    with ExitStack() as stack:
+        loader = stack.enter_context(step_loader(train, config, process))
+        checkpointing, preemption = Checkpointing(config), Preemption()
+        # The guard comes first: a state that went bad is not saved.
+        callbacks = [NonFiniteGuard(), checkpointing, preemption, Metrics(config), ProgressDisplay()]
+        if valid is not None:
+            validation = stack.enter_context(step_loader(valid, config, process))
+            callbacks.append(Evaluation(validation, valid_bytes_per_token(config)))
+        start(process)
+        stack.callback(stop)
+        yield Trainer(config, loader, callbacks), preemption
+
+
+def step_loader(blend, config: RunConfig, process: Process) -> StepLoader:
+    """This rank's share of every global batch."""
+    return StepLoader(
+        blend,
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch,
+        rank=process.rank,
+        num_ranks=process.world,
+        document_mask=config.data.document_mask,
+    )

@@ -1,0 +1,237 @@
+"""Resuming and saving, in the one on-disk format."""
+
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from megamf.callbacks.base import Callback
+from megamf.callbacks.load import module_load
+from megamf.checkpoint import (
+    BackgroundWriter,
+    Checkpoint,
+    DamagedCheckpoint,
+    Module,
+    abort,
+    begin,
+    check_model,
+    finish,
+    latest,
+    module_table,
+    newest_good,
+    resolve,
+    rotate,
+    snapshot,
+    sweep,
+    verify,
+    write_rank,
+)
+from megamf.config import RunConfig, to_tree
+from megamf.errors import UserError
+from megamf.parallel.state import (
+    expected_names,
+    global_shapes,
+    load_state,
+    load_weights,
+    optimizer_step,
+    owned_state,
+    refresh_masters,
+)
+
+if TYPE_CHECKING:
+    from megamf.trainer import StepResult, Trainer
+
+
+class Checkpointing(Callback):
+    """Resumes at the start, saves every `checkpoint.every` steps, when asked to stop, and at the end."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.root = config.run.dir / "checkpoints"
+        self.settings = config.checkpoint
+        self.writer = BackgroundWriter()
+        self.modules: list[Module] = _fresh_modules(config)
+        self.saved_step: int | None = None
+        self.resumed_from: Path | None = None
+
+    def on_train_start(self, trainer: "Trainer") -> None:
+        self._on_main(trainer, lambda: sweep(self.root))
+        path = self._on_main(trainer, lambda: find_resume(self.settings.resume, self.root))
+        if path is not None:
+            self._resume(trainer, path)
+        elif self.settings.init_from is not None:
+            self._start_from(trainer, self.settings.init_from)
+
+    def on_step_end(self, trainer: "Trainer", result: "StepResult") -> None:
+        due = self.settings.every and result.step % self.settings.every == 0
+        if due or result.stop_requested or result.step == trainer.config.train.steps:
+            self.save(trainer, result)
+
+    def on_train_end(self, trainer: "Trainer") -> None:
+        self.writer.close()
+        dist.barrier()
+
+    def save(self, trainer: "Trainer", result: "StepResult") -> None:
+        """Write a checkpoint of this step. Collective; every rank raises if one rank fails."""
+        if self.saved_step == result.step:
+            return
+        self.writer.wait()
+        if result.router_sums is not None:
+            self._note_load(result)
+        nonce = broadcast(uuid.uuid4().hex)
+        tmp = self._together(lambda: begin(self.root, result.step, nonce))
+        # All collectives come before the first byte is written: a rank that meets a full disk leaves nobody waiting.
+        tensors = snapshot(owned_state(trainer.engine, trainer.mesh))
+        state, model = training_state(trainer), to_tree(trainer.config)["model"]
+        expected = expected_names(trainer.engine, trainer.mesh)
+        run_id = state["run_id"]
+
+        def write() -> None:
+            write_rank(tmp, trainer.mesh.rank, tensors)
+
+        def publish() -> None:
+            world = trainer.mesh.world
+            finish(tmp, self.root, result.step, world, state, self.modules, model, run_id=run_id, expected=expected)
+            rotate(self.root, self.settings.keep, self.settings.keep_every)
+
+        if self.settings.background:
+            self.writer.submit(lambda: (write(), publish() if trainer.is_main else None))
+        else:
+            self._together(write, undo=lambda: abort(tmp))
+            self._on_main(trainer, publish)
+        self.saved_step = result.step
+
+    def _resume(self, trainer: "Trainer", path: Path) -> None:
+        path = self._verified(trainer, path)
+        with Checkpoint(path) as checkpoint:
+            check_model(checkpoint, global_shapes(trainer.model, trainer.mesh))
+            check_batches(checkpoint.state, trainer.config)
+            load_state(trainer.engine, checkpoint, int(checkpoint.state["optimizer_step"]))
+            trainer.step = int(checkpoint.state["step"])
+            self.modules = checkpoint.modules or self.modules
+        self.resumed_from = path
+        self.saved_step = trainer.step if path.parent.resolve() == self.root.resolve() else None
+
+    def _start_from(self, trainer: "Trainer", path: Path) -> None:
+        path = self._verified(trainer, self._on_main(trainer, lambda: resolve(path)))
+        with Checkpoint(path) as checkpoint:
+            check_model(checkpoint, global_shapes(trainer.model, trainer.mesh))
+            load_weights(trainer.model, checkpoint)
+            refresh_masters(trainer.engine)
+            self.modules = checkpoint.modules or self.modules
+
+    def _verified(self, trainer: "Trainer", path: Path) -> Path:
+        """The path itself if every byte is right, the one before if that was asked for; else DamagedCheckpoint."""
+        problems = verify(path, rank=trainer.mesh.rank, num_ranks=trainer.mesh.world)
+        everyone: list[Any] = [None] * trainer.mesh.world
+        dist.all_gather_object(everyone, [(problem.file, problem.what) for problem in problems])
+        found = next((item for share in everyone for item in share), None)
+        if found is None:
+            return path
+        before = self._on_main(trainer, lambda: _earlier(path))
+        if self.settings.previous_on_damage and before is not None:
+            if trainer.is_main:
+                print(f"megamf: {path / found[0]} {found[1]}; resuming from {before} instead", flush=True)
+            return before
+        advice = (
+            f"The good one before is {before}: set checkpoint.previous_on_damage=true"
+            if before
+            else ("There is no good one before it")
+        )
+        raise DamagedCheckpoint(path, found[0], found[1], advice)
+
+    def _note_load(self, result: "StepResult") -> None:
+        rows = {(record["layer"], record["kind"]): record["load"] for record in module_load(result.router_sums)}
+        for module in self.modules:
+            module.load = {"step": result.step, "share": rows[module.layer, module.kind][module.index]}
+
+    def _together(self, action: Any, undo: Any = None) -> Any:
+        """Run on every rank; if it fails on one, all undo and raise."""
+        value, failure = None, None
+        try:
+            value = action()
+        except Exception as error:
+            failure = error
+        failures: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(failures, None if failure is None else str(failure))
+        first = next(((rank, text) for rank, text in enumerate(failures) if text is not None), None)
+        if first is None:
+            return value
+        if undo is not None:
+            undo()
+        if failure is not None:
+            raise failure
+        raise UserError(f"rank {first[0]}: {first[1]}")
+
+    def _on_main(self, trainer: "Trainer", action: Any) -> Any:
+        """Run on rank 0 and give its result to all; if it fails, all raise."""
+        value = self._together(lambda: action() if trainer.is_main else None)
+        return broadcast(value)
+
+
+def find_resume(resume: str, root: Path) -> Path | None:
+    """What `checkpoint.resume` means for a run whose checkpoints are in `root`."""
+    newest = latest(root)
+    if resume == "auto":
+        return newest
+    if resume == "never":
+        if newest is not None:
+            raise UserError(
+                f"checkpoint.resume=never, but {root} already holds {newest.name}: "
+                "choose another run.dir, or checkpoint.resume=auto to go on"
+            )
+        return None
+    # An interrupted run that once started from elsewhere goes on from its own checkpoints.
+    return newest or resolve(Path(resume))
+
+
+def check_batches(state: dict[str, Any], config: RunConfig) -> None:
+    """Consumed samples count in global batches: going on with another size would skip or repeat data."""
+    for key in ("global_batch", "seq_len"):
+        before, now = state["config"]["train"][key], getattr(config.train, key)
+        if before != now:
+            raise UserError(
+                f"the checkpoint was trained with train.{key}={before}, this run says {now}: "
+                "keep it, or start a new run from its weights with checkpoint.init_from"
+            )
+
+
+def training_state(trainer: "Trainer") -> dict[str, Any]:
+    """state.json: everything beside tensors that a run needs to go on."""
+    config = trainer.config
+    return {
+        "step": trainer.step,
+        "consumed_samples": trainer.consumed,
+        "consumed_tokens": trainer.tokens,
+        "optimizer_step": optimizer_step(trainer.engine),
+        "scheduler": {"kind": "function of the step", "schedule": config.optim.schedule, "steps": config.train.steps},
+        "random_state": {"kind": "derived from (seed, step, rank) at every step", "seed": config.run.seed},
+        "run_id": run_id(config.run.dir),
+        "config": to_tree(config),
+        "layout": {
+            "world": trainer.mesh.world,
+            "ep": trainer.mesh.ep,
+            "zero_stage": trainer.engine.zero_optimization_stage(),
+        },
+    }
+
+
+def run_id(directory: Path) -> str:
+    """The same for all checkpoints of one run directory, wherever it is moved by its whole name."""
+    return uuid.uuid5(uuid.NAMESPACE_URL, str(directory)).hex
+
+
+def broadcast(value: Any) -> Any:
+    """Rank 0's value on every rank. Only values of this run's own processes travel here, never file contents."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _fresh_modules(config: RunConfig) -> list[Module]:
+    model = config.model
+    return [] if model.kind == "dense" else module_table(model.n_layer, model.n_att_experts, model.n_mlp_experts)
+
+
+def _earlier(path: Path) -> Path | None:
+    return newest_good(path.parent, before=int(path.name.removeprefix("step-")))

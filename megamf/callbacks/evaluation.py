@@ -1,0 +1,51 @@
+"""Evaluation inside the loop: loss on fixed validation samples, the same for every layout."""
+
+import math
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from megamf.callbacks.base import Callback
+from megamf.callbacks.load import load_summary, module_load
+
+if TYPE_CHECKING:
+    from megamf.data.loader import StepLoader
+    from megamf.trainer import StepResult, Trainer
+
+
+class Evaluation(Callback):
+    """Every `train.eval_every` steps and after the last one: mean cross entropy, perplexity, bits per byte."""
+
+    def __init__(self, loader: "StepLoader", bytes_per_token: float | None) -> None:
+        self.loader = loader
+        self.bytes_per_token = bytes_per_token
+
+    def on_step_end(self, trainer: "Trainer", result: "StepResult") -> None:
+        every = trainer.config.train.eval_every
+        if (every and result.step % every == 0) or result.step == trainer.config.train.steps:
+            evaluation = self.evaluate(trainer)
+            for callback in trainer.callbacks:
+                callback.on_evaluation(trainer, evaluation)
+
+    @torch.no_grad()
+    def evaluate(self, trainer: "Trainer") -> dict[str, float]:
+        """`loss` in nats per token, `perplexity`, `bits_per_byte` (where the data's raw size is known), module load."""
+        began = time.perf_counter()
+        trainer.engine.eval()
+        sums = torch.zeros(2, dtype=torch.float64)
+        routers = None
+        for batch_index in range(trainer.config.train.eval_batches):
+            for batch in self.loader.step(batch_index * trainer.config.train.global_batch):
+                loss, packed = trainer.objective(*trainer.on_device(batch))
+                sums += torch.tensor([loss.item(), float((batch.label_BT != -100).sum())], dtype=torch.float64)
+                if packed is not None:
+                    routers = packed if routers is None else routers.with_flat(routers.flat() + packed.flat())
+        total = trainer.total(sums)
+        loss = (total[0] / total[1]).item()
+        evaluation = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "seconds": time.perf_counter() - began}
+        if self.bytes_per_token:
+            evaluation["bits_per_byte"] = loss / math.log(2) / self.bytes_per_token
+        if routers is not None:
+            evaluation |= load_summary(module_load(routers.with_flat(trainer.total(routers.flat()))))
+        return evaluation

@@ -1,0 +1,28 @@
+"""Stop signals: noted at once, agreed on by all ranks with the next step, followed by a checkpoint."""
+
+import signal
+from typing import TYPE_CHECKING
+
+from megamf.callbacks.base import Callback
+
+if TYPE_CHECKING:
+    from megamf.trainer import StepResult, Trainer
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Preemption(Callback):
+    """SIGTERM, SIGUSR1 and SIGINT request a stop after the current step; `stopped` tells that it was met."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+
+    def on_train_start(self, trainer: "Trainer") -> None:
+        def request(number: int, frame: object) -> None:
+            trainer.stop_requested = True
+
+        for number in SIGNALS:
+            signal.signal(number, request)
+
+    def on_step_end(self, trainer: "Trainer", result: "StepResult") -> None:
+        self.stopped = result.stop_requested and trainer.step < trainer.config.train.steps

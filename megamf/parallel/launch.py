@@ -1,0 +1,83 @@
+"""Which process am I? The same answer under plain python, torchrun, the deepspeed launcher and srun."""
+
+import datetime
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from megamf.errors import UserError
+
+# A collective that waits longer than this has lost a rank; the job fails instead of hanging.
+TIMEOUT = datetime.timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among `world` processes; `local_rank` counts on its own machine and picks the GPU."""
+
+    rank: int
+    world: int
+    local_rank: int
+
+    @property
+    def device(self) -> torch.device:
+        """The GPU of this process, or the CPU where there is none."""
+        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def identify(environment: Mapping[str, str]) -> Process:
+    """Read torchrun's or deepspeed's variables, else Slurm's, else be alone. Raises UserError where they contradict."""
+    if "RANK" in environment or "WORLD_SIZE" in environment:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    elif "SLURM_PROCID" in environment and "SLURM_STEP_ID" in environment:
+        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+    else:
+        return Process(0, 1, 0)
+    missing = [name for name in names if name not in environment]
+    if missing:
+        raise UserError(f"{names[0]} is set, but {', '.join(missing)} is not: start with torchrun, deepspeed or srun")
+    rank, world, local_rank = (int(environment[name]) for name in names)
+    if not 0 <= rank < world:
+        raise UserError(f"{names[0]}={rank} is not below {names[1]}={world}")
+    return Process(rank, world, local_rank)
+
+
+def start(process: Process) -> None:
+    """Join the process group: NCCL on GPUs, gloo on CPUs. A lone process makes a group of one."""
+    os.environ.setdefault("RANK", str(process.rank))
+    os.environ.setdefault("WORLD_SIZE", str(process.world))
+    os.environ.setdefault("LOCAL_RANK", str(process.local_rank))
+    if process.world == 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(f"{process.world} processes need {' and '.join(missing)} in the environment to find each other")
+    if process.device.type == "cuda":
+        torch.cuda.set_device(process.device)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+    import deepspeed
+
+    # DeepSpeed would compile its shared-memory all-reduce at the first start of a CPU run and trust every peer to have
+    # the same vector instructions; gloo alone needs neither.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if process.device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=TIMEOUT, verbose=False)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def free_port() -> int:
+    """A port nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,64 @@
+"""Entry of a training run: parse, validate, build, train, close.
+
+`megamf train`, `python -m megamf.train`, torchrun, the deepspeed launcher and srun all come here.
+"""
+
+import argparse
+import os
+import sys
+
+from megamf.config import RunConfig, load_config
+from megamf.errors import UserError
+from megamf.parallel.launch import Process, identify
+
+STOPPED_EARLY = 75
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line: a YAML file and/or a preset, then `section.key=value` overrides."""
+    parser = argparse.ArgumentParser(prog="megamf train", description="Train a model.")
+    parser.add_argument("words", nargs="*", metavar="CONFIG.yaml | section.key=value")
+    parser.add_argument("--preset", help="start from a packaged configuration")
+    parser.add_argument("--dry-run", action="store_true", help="validate, print sizes and memory, and stop")
+    # The deepspeed launcher adds this to every process; LOCAL_RANK in the environment says the same.
+    parser.add_argument("--local-rank", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_intermixed_args(argv)
+    arguments.files = [word for word in arguments.words if "=" not in word]
+    arguments.overrides = [word for word in arguments.words if "=" in word]
+    if len(arguments.files) > 1:
+        parser.error(f"one configuration file, not {len(arguments.files)}: {' '.join(arguments.files)}")
+    return arguments
+
+
+def train(config: RunConfig, process: Process) -> int:
+    """Build everything, train, close. Returns the exit code."""
+    from megamf.build import build_trainer
+
+    with build_trainer(config, process) as (trainer, preemption):
+        trainer.fit()
+    return STOPPED_EARLY if preemption.stopped else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the job; 0 done, 2 for the user's mistakes (told by rank 0), 75 stopped early with a checkpoint."""
+    arguments = parse(argv)
+    process = identify(os.environ)
+    try:
+        path = arguments.files[0] if arguments.files else None
+        config = load_config(path, preset=arguments.preset, overrides=arguments.overrides)
+        if arguments.dry_run:
+            from megamf.dry_run import dry_run
+
+            return dry_run(config, process.world)
+        return train(config, process)
+    except UserError as error:
+        if process.rank == 0:
+            raise
+        print(f"megamf: rank {process.rank}: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    from megamf.cli import run
+
+    raise SystemExit(run(main))

@@ -1,0 +1,210 @@
+"""The loop, and only the loop: batches in, updates out. Everything optional is a callback.
+
+Shapes: B batch, T time, M routers, E experts.
+
+Scaling: the engine averages gradients over all ranks and accumulation steps. A loss that is a sum of shares over ranks
+and accumulation steps is therefore multiplied by (ranks x accumulation steps), so that the gradient is the one on the
+global batch, whatever the layout.
+"""
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megamf.callbacks.base import Callback
+from megamf.config import RunConfig
+from megamf.data.loader import MicroBatch, StepLoader
+from megamf.model import ModuleFormer, initialise
+from megamf.model.losses import Packed, auxiliary_loss, routing_norm
+from megamf.model.objective import Objective
+from megamf.model.router import Router
+from megamf.parallel.dispatch import make_dispatcher
+from megamf.parallel.mesh import create_mesh
+from megamf.parallel.state import torch_optimizer
+from megamf.parallel.zero import build_engine, clip_gradients
+from megamf.schedule import learning_rate
+
+
+@dataclass
+class StepResult:
+    """One update, the same on every rank. `loss` is the mean cross entropy of the global batch in nats; `aux_loss`
+    everything that was added to it; `router_sums` the statistics of the whole global batch (None when dense)."""
+
+    step: int
+    tokens: int
+    loss: float
+    aux_loss: float
+    lr: float
+    grad_norm: float
+    seconds: float
+    stop_requested: bool
+    router_sums: Packed | None
+
+
+class Trainer:
+    """Builds model and engine for this rank's place in the grid and trains. Collective in every method."""
+
+    def __init__(self, config: RunConfig, loader: StepLoader, callbacks: Sequence[Callback] = ()) -> None:
+        self.config = config
+        self.loader = loader
+        self.callbacks = list(callbacks)
+        self.mesh = create_mesh(config.parallel.ep)
+        self.accumulation = config.train.accumulation_steps(self.mesh.world)
+        self.step = 0
+        self.stop_requested = False
+
+        model = ModuleFormer(config.model, make_dispatcher(self.mesh))
+        model.set_activation_checkpointing(config.train.activation_checkpointing)
+        initialise(model, config.model, config.run.seed)
+        self.engine = build_engine(Objective(model, config.train.loss_chunk), config, self.mesh)
+        self.objective: Objective = self.engine.module
+        self.model: ModuleFormer = self.objective.model
+        self.device = next(self.model.parameters()).device
+        self.routers = [module for module in self.model.modules() if isinstance(module, Router)]
+
+    @property
+    def is_main(self) -> bool:
+        """True on the rank that writes and prints."""
+        return self.mesh.rank == 0
+
+    @property
+    def consumed(self) -> int:
+        """Training sequences used so far, by all ranks."""
+        return self.step * self.config.train.global_batch
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens used so far, by all ranks."""
+        return self.consumed * self.config.train.seq_len
+
+    def fit(self) -> None:
+        """Train until `train.steps` updates are made or a stop is agreed on."""
+        for callback in self.callbacks:
+            callback.on_train_start(self)
+        stopped = False
+        while self.step < self.config.train.steps and not stopped:
+            result = self.train_step(self.loader.step(self.consumed))
+            stopped = result.stop_requested
+            for callback in self.callbacks:
+                callback.on_step_end(self, result)
+        for callback in self.callbacks:
+            callback.on_train_end(self)
+
+    def train_step(self, batches: Sequence[MicroBatch]) -> StepResult:
+        """One update on this rank's micro batches of a global batch."""
+        began = time.perf_counter()
+        self.engine.train()
+        torch.manual_seed(step_seed(self.config.run.seed, self.step, self.mesh.rank))
+        rate = learning_rate(self.config.optim, self.step, self.config.train.steps)
+        for group in torch_optimizer(self.engine).param_groups:
+            group["lr"] = rate
+
+        labels = sum(int((batch.label_BT != -100).sum()) for batch in batches)
+        agreed = self.total(torch.tensor([labels, float(self.stop_requested)], dtype=torch.float64))
+        num_labels, stop = agreed[0].item(), agreed[1].item() > 0
+        scope = self.global_router_sums(batches)
+        shares = self.mesh.world * self.accumulation
+
+        cross_entropy = torch.zeros((), dtype=torch.float64, device=self.device)
+        auxiliary = torch.zeros_like(cross_entropy)
+        seen: Packed | None = None
+        norm = torch.zeros(())
+        for last, batch in ((i == len(batches) - 1, batch) for i, batch in enumerate(batches)):
+            loss_sum, local = self.engine(*self.on_device(batch))
+            loss = loss_sum / num_labels * shares
+            cross_entropy += loss_sum.detach() / num_labels
+            if local is not None:
+                added, summed = self.added_losses(local, scope)
+                loss = loss + added
+                auxiliary += added.detach() / shares
+                seen = summed if seen is None else seen.with_flat(seen.flat() + summed.flat())
+            self.engine.backward(loss)
+            if last and self.engine.zero_optimization_stage() == 0:
+                norm = clip_gradients(self.engine, self.mesh, self.config.optim.clip)
+            self.engine.step()
+        if self.engine.zero_optimization_stage() > 0:
+            norm = self.engine.get_global_grad_norm()
+
+        self.step += 1
+        losses = self.total(torch.stack([cross_entropy, auxiliary]))
+        if seen is not None:
+            seen = self.whole_batch_sums(seen)
+        seconds = time.perf_counter() - began
+        return StepResult(
+            self.step, self.tokens, losses[0].item(), losses[1].item(), rate, float(norm), seconds, stop, seen
+        )
+
+    def added_losses(self, local: Packed, scope: Packed | None) -> tuple[torch.Tensor, Packed]:
+        """What one micro batch adds to the cross entropy, scaled for the engine, and the sums it was evaluated at."""
+        losses = self.config.losses
+        if losses.scope == "rank":
+            scope, shares = local, 1
+        elif scope is None:
+            scope, shares = local.with_flat(self.total(local.flat())), self.mesh.world
+        else:
+            shares = self.mesh.world * self.accumulation
+        added = auxiliary_loss(local, scope, losses) * shares
+        if losses.routing_regularisation:
+            rows = [router.expert_rows() for router in self.routers]
+            added = added + losses.routing_regularisation * routing_norm(rows)
+        return added, scope
+
+    def global_router_sums(self, batches: Sequence[MicroBatch]) -> Packed | None:
+        """Exact sums over the global batch before its first gradient; None where one micro batch a rank is all of it.
+
+        With accumulation this costs a forward pass of every micro batch, with the random numbers of the real one.
+        """
+        if self.config.losses.scope != "global_batch" or self.accumulation == 1 or not self.routers:
+            return None
+        state = random_state(self.device)
+        total: Packed | None = None
+        with torch.no_grad():
+            for batch in batches:
+                input_BT, _, start_BT = self.on_device(batch)
+                sums = self.objective.router_sums(input_BT, start_BT)
+                total = sums if total is None else total.with_flat(total.flat() + sums.flat())
+        restore_random_state(self.device, state)
+        return total.with_flat(self.total(total.flat()))
+
+    def whole_batch_sums(self, seen: Packed) -> Packed:
+        """Sums over the global batch from the scopes that the losses used (added up over the micro batches)."""
+        if self.config.losses.scope == "rank":
+            return seen.with_flat(self.total(seen.flat()))
+        if self.config.losses.scope == "global_batch" and self.accumulation > 1:
+            return seen.with_flat(seen.flat() / self.accumulation)
+        return seen
+
+    def on_device(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """input_BT, label_BT, start_BT where the model is."""
+        start_BT = None if batch.start_BT is None else batch.start_BT.to(self.device, non_blocking=True)
+        input_BT = batch.input_BT.to(self.device, non_blocking=True)
+        return input_BT, batch.label_BT.to(self.device, non_blocking=True), start_BT
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over all ranks."""
+        values = values.to(self.device)
+        if self.mesh.world > 1:
+            dist.all_reduce(values)
+        return values
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Random numbers of a step depend on nothing that came before it, so there is no random state to save."""
+    digest = hashlib.blake2b(f"{seed}:{step}:{rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def random_state(device: torch.device) -> list[torch.Tensor]:
+    """The generators' states that a forward pass may advance."""
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+
+def restore_random_state(device: torch.device, state: list[torch.Tensor]) -> None:
+    """Undo what advanced them."""
+    torch.set_rng_state(state[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)

@@ -1,0 +1,65 @@
+"""One rank of the layout parity test: trains the same batches in every layout and leaves what it saw.
+
+Run as `python layout_worker.py OUT CASE_JSON...` with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT in the environment.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from megamf.config import RunConfig, validate
+from megamf.data.loader import StepLoader, open_train
+from megamf.parallel.launch import identify, start, stop
+from megamf.parallel.state import full_gradients
+from megamf.trainer import Trainer
+
+
+def run_case(config: RunConfig, steps: int) -> tuple[dict[str, torch.Tensor], dict[str, list[float]]]:
+    """Gradients of the first step, and losses and gradient norms of all."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    train = config.train
+    loader = StepLoader(
+        open_train(config),
+        global_batch=train.global_batch,
+        micro_batch=train.micro_batch,
+        rank=rank,
+        num_ranks=world,
+        document_mask=config.data.document_mask,
+    )
+    with loader:
+        trainer = Trainer(config, loader)
+        gradients: dict[str, torch.Tensor] = {}
+        engine_step = trainer.engine.step
+
+        def step_and_look() -> None:
+            if trainer.step == 0 and trainer.engine.is_gradient_accumulation_boundary():
+                gradients.update(full_gradients(trainer.engine, trainer.mesh))
+            engine_step()
+
+        trainer.engine.step = step_and_look
+        seen: dict[str, list[float]] = {"loss": [], "aux_loss": [], "grad_norm": []}
+        for _ in range(steps):
+            result = trainer.train_step(loader.step(trainer.consumed))
+            for key, values in seen.items():
+                values.append(getattr(result, key))
+    return gradients, seen
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    start(identify(os.environ))
+    out, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+    for name, case in cases.items():
+        gradients, seen = run_case(validate(case["config"]), case["steps"])
+        if torch.distributed.get_rank() == 0:
+            save_file(gradients, out / f"{name}.safetensors")
+            (out / f"{name}.json").write_text(json.dumps(seen))
+    stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Every layout trains the same: gradients, norms and losses of EP x ZeRO against one process and a float64 oracle."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from megamf.config import RunConfig, validate
+from megamf.data.indexed import IndexedWriter
+from megamf.data.loader import StepLoader, open_train
+from megamf.model import ModuleFormer, initialise
+from megamf.parallel.launch import free_port
+
+STEPS = 20
+LAYOUTS = [(ep, stage) for ep in (1, 2, 4) for stage in (0, 1, 2)]
+WORKER = Path(__file__).with_name("layout_worker.py")
+
+
+def case(prefix: Path, *, ep: int, stage: int, micro_batch: int, steps: int = STEPS, **losses) -> dict:
+    """A tiny model with uneven documents, clipping that bites, and every loss turned on."""
+    return {
+        "steps": steps,
+        "config": {
+            "run": {"seed": 3},
+            "model": {
+                "vocab_size": 61, "n_layer": 2, "n_embd": 16, "n_head": 2, "att_hidden": 12, "ffd_hidden": 20,
+                "n_att_experts": 4, "n_mlp_experts": 8, "k_att": 2, "k_mlp": 3, "gating_size": 8,
+                "bos_token_id": None, "eos_token_id": 0,
+            },
+            "data": {"train": [{"path": str(prefix)}]},
+            "losses": {"balance": "mi", "balance_weight": 0.05, "z_weight": 0.01, **losses},
+            "optim": {"lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 3, "clip": 0.5},
+            "train": {"steps": STEPS, "seq_len": 24, "micro_batch": micro_batch, "global_batch": 8},
+            "parallel": {"ep": ep},
+            "deepspeed": f"zero{stage}",
+        },
+    }  # fmt: skip
+
+
+def launch(world: int, cases: dict, out: Path) -> None:
+    """Run all cases in one process group of `world` ranks; every rank ends or the test fails."""
+    out.mkdir()
+    (out / "cases.json").write_text(json.dumps(cases))
+    environment = os.environ | {
+        "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(out), str(out / "cases.json")],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=400)[0] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    assert all(process.returncode == 0 for process in ranks), "\n".join(outputs)[-4000:]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """Documents of 1 to 60 tokens, so that rows hold several and some are cut."""
+    prefix = tmp_path_factory.mktemp("corpus") / "text"
+    rng = np.random.default_rng(0)
+    with IndexedWriter(prefix, vocab_size=61) as writer:
+        for _ in range(400):
+            body = (np.cumsum(rng.integers(1, 4, rng.integers(1, 60))) % 60 + 1).tolist()
+            writer.add([*body, 0])
+    return prefix
+
+
+@pytest.fixture(scope="module")
+def results(corpus, tmp_path_factory) -> Path:
+    """Everything that the process groups of 1 and 4 ranks saw."""
+    out = tmp_path_factory.mktemp("parity")
+    cases = {f"ep{ep}-zero{stage}": case(corpus, ep=ep, stage=stage, micro_batch=2) for ep, stage in LAYOUTS}
+    for ep, stage in ((1, 1), (4, 0), (2, 2)):
+        cases[f"accumulated-ep{ep}-zero{stage}"] = case(corpus, ep=ep, stage=stage, micro_batch=1)
+    cases["switch"] = case(corpus, ep=2, stage=1, micro_batch=1, steps=2, balance="switch")
+    alone = {
+        "alone": case(corpus, ep=1, stage=0, micro_batch=8),
+        "alone-accumulated": case(corpus, ep=1, stage=0, micro_batch=2),
+        "alone-switch": case(corpus, ep=1, stage=1, micro_batch=8, steps=2, balance="switch"),
+    }
+    launch(1, alone, out / "one")
+    launch(4, cases, out / "four")
+    return out
+
+
+def oracle(config: RunConfig) -> tuple[dict[str, torch.Tensor], float, float, float]:
+    """Gradients, cross entropy, added losses and norm of the first global batch, in float64 by plain autograd."""
+    model = ModuleFormer(config.model).double()
+    initialise(model, config.model, config.run.seed)
+    loader = StepLoader(open_train(config), global_batch=8, micro_batch=8, rank=0, num_ranks=1, document_mask=True)
+    with loader:
+        [batch] = loader.step(0)
+    output = model(batch.input_BT, start_BT=batch.start_BT)
+    cross_entropy = F.cross_entropy(model.logits(output.hidden_BTD).flatten(0, 1), batch.label_BT.flatten())
+    added = 0.0
+    for stats in output.stats:
+        mean_E = stats.prob_E / stats.tokens
+        z = stats.logsumexp2 / stats.tokens
+        if config.losses.balance == "mi":
+            balance = stats.entropy / stats.tokens + (mean_E * (mean_E + 1e-8).log()).sum()
+        else:
+            load_E = stats.count_E / stats.count_E.sum()
+            balance = len(mean_E) * (mean_E * load_E).sum() + 0.1 * z
+        added = added + config.losses.balance_weight * balance + config.losses.z_weight * z
+    (cross_entropy + added).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    norm = math.sqrt(sum(g.square().sum().item() for g in gradients.values()))
+    return gradients, cross_entropy.item(), added.item(), norm
+
+
+def assert_gradients_agree(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        error = (found[name].double() - gradient.double()).norm() / gradient.double().norm()
+        assert error < 1e-5, f"{name}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("kind", ["mi", "switch"])
+def test_one_process_matches_float64_oracle(results, corpus, kind):
+    name = "alone" if kind == "mi" else "alone-switch"
+    config = validate(case(corpus, ep=1, stage=0, micro_batch=8, balance=kind)["config"])
+    gradients, cross_entropy, added, norm = oracle(config)
+    seen = json.loads((results / "one" / f"{name}.json").read_text())
+    assert_gradients_agree(load_file(results / "one" / f"{name}.safetensors"), gradients)
+    assert seen["loss"][0] == pytest.approx(cross_entropy, rel=1e-6)
+    assert seen["aux_loss"][0] == pytest.approx(added, rel=1e-5)
+    assert seen["grad_norm"][0] == pytest.approx(norm, rel=1e-5)
+
+
+NAMES = [f"ep{ep}-zero{stage}" for ep, stage in LAYOUTS]
+ACCUMULATED = [f"accumulated-{name}" for name in ("ep1-zero1", "ep4-zero0", "ep2-zero2")]
+
+
+@pytest.mark.parametrize("name", [*NAMES, *ACCUMULATED])
+def test_layout_matches_one_process(results, name):
+    wanted = json.loads((results / "one" / "alone.json").read_text())
+    found = json.loads((results / "four" / f"{name}.json").read_text())
+    assert_gradients_agree(
+        load_file(results / "four" / f"{name}.safetensors"), load_file(results / "one" / "alone.safetensors")
+    )
+    assert len(found["loss"]) == STEPS
+    for key in ("loss", "aux_loss"):
+        np.testing.assert_allclose(found[key], wanted[key], atol=1e-4, rtol=0, err_msg=key)
+    assert found["grad_norm"][0] == pytest.approx(wanted["grad_norm"][0], rel=1e-5)
+    np.testing.assert_allclose(found["grad_norm"], wanted["grad_norm"], rtol=1e-2)
+    assert wanted["loss"][-1] < wanted["loss"][0] - 0.3, "nothing was learnt: the comparison would prove little"
+
+
+def test_accumulation_on_one_process_changes_nothing(results):
+    wanted = json.loads((results / "one" / "alone.json").read_text())
+    found = json.loads((results / "one" / "alone-accumulated.json").read_text())
+    for key, values in wanted.items():
+        np.testing.assert_allclose(found[key], values, atol=1e-4, err_msg=key)
+
+
+def test_switch_loss_is_global(results):
+    wanted = json.loads((results / "one" / "alone-switch.json").read_text())
+    found = json.loads((results / "four" / "switch.json").read_text())
+    for key, values in wanted.items():
+        np.testing.assert_allclose(found[key], values, rtol=1e-4, err_msg=key)
