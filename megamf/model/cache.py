@@ -18,7 +18,8 @@ class LayerCache:
         """Add T positions and return all keys and values seen so far; the stored past carries no gradient."""
         shared = k_BGTC is v_BGTC
         news = [k_BGTC] if shared else [k_BGTC, v_BGTC]
-        if torch.is_grad_enabled() and k_BGTC.requires_grad:
+        if torch.is_grad_enabled():
+            # A graph may hold on to what was returned before: never write into it.
             joined = [self._joined(i, new) for i, new in enumerate(news)]
             self._buffers = [whole.detach() for whole in joined]
             self.length = joined[0].shape[2]
