@@ -70,7 +70,7 @@ class Checkpoint:
         """Raise DamagedCheckpoint where a file is missing, has another size, or a small file is altered."""
         problems = quick_problems(self.path, self.manifest)
         if problems:
-            raise self._damaged(*problems[0])
+            raise self._damaged(problems[0].file, problems[0].what)
 
     def names(self, group: str = layout.WEIGHTS) -> list[str]:
         """Names of the stored tensors of one group, sorted; expert tensors appear module by module."""

@@ -40,17 +40,21 @@ def latest(root: Path) -> Path | None:
 
 
 def resolve(path: Path) -> Path:
-    """The step directory meant by a step directory, a checkpoints directory or a run directory.
+    """The step directory meant by a step directory, a checkpoints directory, its file `latest`, or a run directory.
 
-    Raises UserError where there is none.
+    Raises UserError where there is none, DamagedCheckpoint where `latest` is wrong.
     """
     path = Path(path)
-    if (path / layout.MANIFEST).is_file() or (layout.step_of(path.absolute().name) is not None and path.is_dir()):
+    if path.name == layout.LATEST and path.is_file():
+        path = path.parent
+    if not path.is_dir():
+        raise UserError(f"there is no checkpoint directory {path}")
+    if layout.step_of(path.absolute().name) is not None or (path / layout.MANIFEST).is_file():
         return path
     for root in (path, path / "checkpoints"):
         if found := latest(root):
             return found
-    what = "is not a directory" if not path.is_dir() else "holds no checkpoint"
     raise UserError(
-        f"{path} {what}: expected a step directory (step-XXXXXXXX), the directory that holds such, or a run directory"
+        f"{path} holds no checkpoint: expected a step directory (step-XXXXXXXX), the directory that holds such, "
+        "or a run directory"
     )

@@ -20,10 +20,11 @@ BLOCK = 4 << 20
 
 
 class Problem(NamedTuple):
-    """One thing wrong with a checkpoint: the file's name inside it, and what."""
+    """One thing wrong with a checkpoint: the file's name inside it, what, and whether it makes loading unsafe."""
 
     file: str
     what: str
+    fatal: bool = True
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -93,7 +94,9 @@ def verify(
     if layout.MODULES not in suspects:
         problems += _module_problems(path, manifest)
     listed = manifest.files.keys() | {layout.MANIFEST, layout.MANIFEST_SUM}
-    problems += [Problem(name, "is not in the manifest") for name in sorted(set(os.listdir(path)) - listed)]
+    problems += [
+        Problem(name, "is not in the manifest", fatal=False) for name in sorted(set(os.listdir(path)) - listed)
+    ]
     shards = [name for name in manifest.files if name not in layout.JSON_FILES and name not in suspects]
     with ThreadPoolExecutor(max(1, threads)) as pool:
         for found in pool.map(lambda name: _shard_problems(path, name, manifest, progress), shards[rank::num_ranks]):
@@ -108,7 +111,9 @@ def newest_good(root: Path, before: int | None = None, full: bool = True) -> Pat
     """
     for step in reversed(list_steps(root)):
         path = layout.step_path(root, step)
-        if (before is None or step < before) and not (verify(path) if full else _quick(path)):
+        if before is not None and step >= before:
+            continue
+        if not any(problem.fatal for problem in (verify(path) if full else _quick(path))):
             return path
     return None
 

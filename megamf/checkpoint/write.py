@@ -89,6 +89,7 @@ def write_rank(
             name = layout.shard_name(rank, number)
             files[name], entries = write_shard(tmp / name, batch, metadata)
             table |= entries
+            batch.clear()  # its tensors must be gone while the next file's are made
         marker = RankMarker(attempt=tmp.name, rank=rank, files=files, tensors=table)
         replace_file(tmp / layout.marker_name(rank), marker.model_dump_json().encode())
     except FileNotFoundError as error:
