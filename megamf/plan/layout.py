@@ -42,6 +42,8 @@ def layouts(
         except ValueError as error:
             raise ConfigError(str(error)) from None
         for stage in STAGE_ORDER:
+            if stage == 0 and config.train.precision == "bf16":
+                continue  # the trainer refuses it: DeepSpeed keeps fp32 masters from stage 1 on
             memory = rank_memory(config, num_ranks, ep=ep, zero_stage=stage, imbalance=imbalance)
             found.append(Layout(ep, stage, memory, memory.total <= FILL * device_memory))
     return found

@@ -26,6 +26,11 @@ def test_less_memory_asks_for_stage_two_and_then_for_expert_parallelism():
         assert (best.ep, best.zero_stage) == wanted
 
 
+def test_stage_zero_is_for_fp32():
+    stages = [{x.zero_stage for x in layouts(load_config(preset=p), 2, 80 * GIB)} for p in ("nano", "molm-350m-4b")]
+    assert stages == [{0, 1, 2}, {1, 2}]
+
+
 def test_nothing_fits_a_tiny_device():
     assert recommend(layouts(load_config(preset="molm-700m-8b"), 64, GIB)) is None
 
