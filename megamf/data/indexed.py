@@ -258,7 +258,12 @@ class IndexedWriter:
         self.num_tokens += len(ids)
 
     def commit(self, metadata: Metadata | None = None) -> None:
-        """Flush to disk and give the files their names, the index last but for the metadata."""
+        """`finish` and `publish`."""
+        self.finish(metadata)
+        self.publish()
+
+    def finish(self, metadata: Metadata | None = None) -> None:
+        """Everything to disk under temporary names; UserError when there is no document."""
         if not self._lengths:
             raise UserError(f"there is no document to write to {self.prefix}")
         _flush(self._bin)
@@ -272,17 +277,19 @@ class IndexedWriter:
             for column in (lengths.astype("<i4"), pointers, table):
                 file.write(column.data)
             _flush(file)
-        names = ["bin", "idx"]
         if metadata is not None:
             with (self._temporary / "json").open("wb") as file:
                 file.write(json.dumps(asdict(metadata), indent=2).encode() + b"\n")
                 _flush(file)
-            names.append("json")
+
+    def publish(self) -> None:
+        """Give the finished files their names, the tokens first."""
         # An old index must not stand beside new tokens, whenever a crash comes.
         for suffix in (".json", ".idx"):
             part_path(self.prefix, suffix).unlink(missing_ok=True)
-        for name in names:
-            os.replace(self._temporary / name, part_path(self.prefix, f".{name}"))
+        for suffix in SUFFIXES:
+            if (finished := self._temporary / suffix[1:]).exists():
+                os.replace(finished, part_path(self.prefix, suffix))
         self._temporary.rmdir()
         fsync_folder(self.prefix.parent)
         self._committed = True

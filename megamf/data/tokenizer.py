@@ -5,7 +5,7 @@ import importlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, Protocol
@@ -154,7 +154,6 @@ def train_sentencepiece(
     max_bytes: int = 256 * 2**20,
     num_threads: int | None = None,
     overwrite: bool = False,
-    on_read: Callable[[int], None] | None = None,
 ) -> Tokenizer:
     """Train a lossless sentencepiece model with byte fallback on `texts` and write it to `output` (.model).
 
@@ -169,7 +168,7 @@ def train_sentencepiece(
         raise UserError(f"the tokenizer file {output} must end in .model")
     if output.exists() and not overwrite:
         raise UserError(f"{output} exists already; name another file or give --overwrite")
-    parts = sample_parts(texts, max_bytes, on_read)
+    parts = sample_parts(texts, max_bytes)
     if not parts:
         raise UserError("there is no text to train a tokenizer on: every document is empty")
     trained = io.BytesIO()
@@ -204,7 +203,7 @@ def train_sentencepiece(
     return load_tokenizer(output)
 
 
-def sample_parts(texts: Iterable[str], max_bytes: int, on_read: Callable[[int], None] | None = None) -> list[str]:
+def sample_parts(texts: Iterable[str], max_bytes: int) -> list[str]:
     """Parts of about 2000 characters that end at line ends, evenly thinned out to at most `max_bytes` of UTF-8.
 
     One pass, bounded memory: whenever the kept parts grow past the limit, every second one is dropped and
@@ -222,8 +221,6 @@ def sample_parts(texts: Iterable[str], max_bytes: int, on_read: Callable[[int], 
                 kept = kept[::2]
                 stride *= 2
                 size = sum(len(part.encode()) for part in kept)
-        if on_read is not None:
-            on_read(len(text.encode()))
     return kept
 
 
