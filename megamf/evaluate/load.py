@@ -1,0 +1,35 @@
+"""A model ready for use from whatever holds its weights."""
+
+from pathlib import Path
+
+import torch
+
+from megamf.config import ModelConfig
+from megamf.hf.sources import expected_shapes, open_weights
+from megamf.model import ModuleFormer
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@torch.no_grad()
+def load_model(
+    path: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> tuple[ModuleFormer, ModelConfig]:
+    """A megamf checkpoint (step, checkpoints or run directory) or a public-layout folder -> (model, architecture).
+
+    The model is in evaluation mode, its parameters in `dtype` on `device`, filled one tensor at a time. Raises
+    UserError where there is no such thing, DamagedCheckpoint or UserError, naming the tensor, where it is not whole.
+    """
+    with open_weights(path, dtype) as weights:
+        weights.check(expected_shapes(weights.model))
+        with torch.device("meta"):
+            model = ModuleFormer(weights.model)
+        model = model.to(dtype).to_empty(device=device)
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights.read(name))
+    return model.eval(), weights.model

@@ -1,0 +1,160 @@
+"""Weights by name, from a megamf checkpoint or from a folder in the public layout, one tensor at a time."""
+
+import json
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import torch
+from pydantic import ValidationError
+
+from megamf.checkpoint import MASTER, WEIGHTS, Checkpoint, check_model, expert_name
+from megamf.config import ModelConfig
+from megamf.errors import UserError
+from megamf.hf.configuration import to_model_config
+from megamf.hf.layout import BUFFER, public_shapes
+from megamf.hf.portable.configuration_moduleformer import ModuleFormerConfig
+from megamf.hf.streaming import read_tensor, tensor_files, tensor_shape
+
+
+class Weights(Protocol):
+    """A model's architecture and its tensors; a context manager that lets go of the files."""
+
+    path: Path
+    model: ModelConfig
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype of one tensor."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, whole ([E, in, out] for expert tensors), on the CPU, in memory of its own."""
+
+    def check(self, expected: dict[str, tuple[int, ...]]) -> None:
+        """Raise UserError, naming tensors, unless exactly these are there in these shapes."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def open_weights(path: Path | str, dtype: torch.dtype | None = None) -> Weights:
+    """Open a megamf checkpoint (step, checkpoints or run directory) or a public-layout folder.
+
+    `dtype` is what the weights are wanted in: of a checkpoint in low precision that also holds fp32 masters, these
+    are read where `dtype` can hold more than the weights. Raises UserError where there is neither.
+    """
+    path = Path(path)
+    if is_public_folder(path):
+        return FolderWeights(path)
+    return CheckpointWeights(path, dtype)
+
+
+def is_public_folder(path: Path) -> bool:
+    """True for a folder with a `config.json` of a ModuleFormer."""
+    try:
+        tree = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(tree, dict) and tree.get("model_type") == ModuleFormerConfig.model_type
+
+
+class CheckpointWeights:
+    """The weights of a megamf checkpoint."""
+
+    def __init__(self, path: Path, dtype: torch.dtype | None = None) -> None:
+        self.checkpoint = Checkpoint(path)
+        self.path = self.checkpoint.path
+        self.model = _model_of(self.checkpoint.model, self.path)
+        self._wanted = dtype
+        self._masters = set(self.checkpoint.logical_shapes(MASTER)) if MASTER in self.checkpoint.groups else set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.checkpoint.close()
+
+    def dtype(self, name: str) -> torch.dtype:
+        group = self._group(name)
+        stored = name if self.checkpoint.has(name, group) else expert_name(name, 0)
+        return self.checkpoint.dtype(stored, group)
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.checkpoint.full(name, self._group(name))
+
+    def check(self, expected: dict[str, tuple[int, ...]]) -> None:
+        check_model(self.checkpoint, expected)
+
+    def _group(self, name: str) -> str:
+        if self._wanted is None or name not in self._masters:
+            return WEIGHTS
+        stored = name if self.checkpoint.has(name) else expert_name(name, 0)
+        return MASTER if self._wanted.itemsize > self.checkpoint.dtype(stored).itemsize else WEIGHTS
+
+
+class FolderWeights:
+    """The weights of a folder in the public layout. The constant masks of released files are passed over."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.config = read_config(self.path)
+        self.model = to_model_config(self.config)
+        self.files = {name: file for name, file in tensor_files(self.path).items() if not BUFFER.fullmatch(name)}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Files are open only while a tensor is read."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        return read_tensor(self.files[name], name).dtype
+
+    def read(self, name: str) -> torch.Tensor:
+        return read_tensor(self.files[name], name)
+
+    def check(self, expected: dict[str, tuple[int, ...]]) -> None:
+        missing, extra = sorted(expected.keys() - self.files.keys()), sorted(self.files.keys() - expected.keys())
+        if missing or extra:
+            first = f"missing: {missing[0]}" if missing else f"of no use: {extra[0]}"
+            raise UserError(
+                f"{self.path}: its weights do not belong to its config.json: {len(missing)} tensors are missing and "
+                f"{len(extra)} are unknown, first {first}"
+            )
+        for name, shape in expected.items():
+            if (stored := tensor_shape(self.files[name], name)) != shape:
+                raise UserError(
+                    f"{self.path}: {name} has shape {list(stored)}, its config.json describes {list(shape)}"
+                )
+
+
+def read_config(folder: Path) -> ModuleFormerConfig:
+    """The `config.json` of a public-layout folder. Raises UserError where it is none or contradicts itself."""
+    file = Path(folder) / "config.json"
+    try:
+        tree: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as a configuration: {error}") from None
+    if not isinstance(tree, dict) or tree.get("model_type") != ModuleFormerConfig.model_type:
+        found = tree.get("model_type") if isinstance(tree, dict) else type(tree).__name__
+        raise UserError(f"{file} has model_type {found!r}, expected {ModuleFormerConfig.model_type!r}")
+    try:
+        return ModuleFormerConfig(**tree)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{file}: {error}") from None
+
+
+def expected_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every parameter of a ModuleFormer or a dense baseline."""
+    if model.kind == "moduleformer":
+        return public_shapes(model)
+    from megamf.model import ModuleFormer
+
+    with torch.device("meta"):
+        return {name: tuple(value.shape) for name, value in ModuleFormer(model).state_dict().items()}
+
+
+def _model_of(tree: dict[str, Any], path: Path) -> ModelConfig:
+    try:
+        return ModelConfig.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{path}: model.json is no model configuration: {error.errors()[0]['msg']}") from None
