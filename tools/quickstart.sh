@@ -39,7 +39,7 @@ trap 'for pid in "${PIDS[@]}"; do kill -KILL "$pid" 2>/dev/null || true; done' E
 
 settings() { # settings DIR: what every start has in common
   printf '%s\n' --preset nano "run.dir=$1" "data.tokenizer=$OUT/tokenizer.model" \
-    "data.train=[{path: $OUT/data/stdlib}]" data.valid_fraction=0.02 "train.steps=$STEPS" parallel.ep=$RANKS \
+    "data.train=[{path: $OUT/data/stdlib-train}]" "data.valid=[{path: $OUT/data/stdlib-valid}]" "train.steps=$STEPS" parallel.ep=$RANKS \
     deepspeed=zero1 checkpoint.every=0 "${OVERRIDES[@]}"
 }
 
@@ -75,8 +75,9 @@ stop_after() {
 }
 
 say "tokenizer and data from this Python's standard library"
-megamf tokenizer --input stdlib --vocab-size 4096 --output "$OUT/tokenizer.model"
-megamf prepare --input stdlib --tokenizer "$OUT/tokenizer.model" --output "$OUT/data/stdlib"
+megamf tokenizer --input stdlib --vocab-size 4096 --max-megabytes 8 --output "$OUT/tokenizer.model"
+mkdir "$OUT/data"
+megamf prepare --input stdlib --tokenizer "$OUT/tokenizer.model" --output "$OUT/data/stdlib" --valid-fraction 0.02
 
 say "training on $RANKS processes (expert parallelism $RANKS, ZeRO-1); stopped by SIGTERM after step $STOP_AT"
 stop_after "$STOP_AT" "$OUT/run"
@@ -90,7 +91,7 @@ stop_after "$COMPARE" "$OUT/uninterrupted"
 
 say "evaluation, export, sample"
 latest=$OUT/run/checkpoints/latest
-megamf evaluate "$latest" --data "$OUT/data/stdlib" --tokenizer "$OUT/tokenizer.model" --json "$OUT/evaluation.json"
+megamf evaluate "$latest" --data "$OUT/data/stdlib-valid" --tokenizer "$OUT/tokenizer.model" --json "$OUT/evaluation.json"
 megamf export-hf "$latest" "$OUT/hf" --tokenizer "$OUT/tokenizer.model"
 megamf generate "$latest" --tokenizer "$OUT/tokenizer.model" --prompt "def " --max-new-tokens 120 --seed 0 >"$OUT/sample.txt"
 

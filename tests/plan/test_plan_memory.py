@@ -1,11 +1,12 @@
 """The memory formula against bytes counted by hand and against what a run of the model saves."""
 
 import pytest
+import torch
 
-from megamf.config import load_config
+from megamf.config import ModelConfig, load_config
+from megamf.model import ModuleFormer, initialise
 from megamf.plan import count_parameters, rank_memory
-
-GB = 1e9
+from megamf.plan.memory import layer_activations
 
 
 def config(*overrides, preset="molm-350m-4b"):
@@ -58,3 +59,30 @@ def test_mistakes_are_refused_with_both_values():
         rank_memory(config(), 8, ep=1, zero_stage=3)
     with pytest.raises(ValueError, match=r"imbalance=0\.5"):
         rank_memory(config(), 8, ep=1, zero_stage=1, imbalance=0.5)
+
+
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_layer_formula_agrees_with_what_autograd_keeps(heads, recompute):
+    model = ModelConfig(
+        vocab_size=64, n_layer=1, n_embd=64, n_head=heads, att_hidden=64, ffd_hidden=128, n_att_experts=4,
+        n_mlp_experts=8, k_att=2, k_mlp=2, gating_size=32,
+    )  # fmt: skip
+    built = ModuleFormer(model).train()
+    initialise(built, model, seed=0)
+    built.set_activation_checkpointing("experts" if recompute else "none")
+    own = {parameter.untyped_storage().data_ptr() for parameter in built.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own and tensor.is_floating_point():
+            kept[storage.data_ptr()] = storage  # held, so that no address comes back
+        return tensor
+
+    h_BTD = torch.randn(2, 128, 64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        h_BTD, *_ = built.transformer.h[0](h_BTD)
+    found = sum(storage.nbytes() for storage in kept.values())
+    outside, hidden = layer_activations(model, 256, 4)
+    assert found == pytest.approx(outside + (0 if recompute else hidden), rel=0.1)
