@@ -1,0 +1,61 @@
+// Names and schemas of the operations, and the empty Python module whose import registers them.
+#include <Python.h>
+
+#include <torch/library.h>
+
+#include "cpu/attention.h"
+#include "cpu/ops.h"
+
+TORCH_LIBRARY(megamf, m) {
+  m.def(
+      "stickbreaking_attention(Tensor q_BHTC, Tensor k_BGSC, Tensor v_BGSC, Tensor? start_BT, Tensor? key_mask_BS, float scale, "
+      "float stop) -> (Tensor, Tensor)");
+  m.def(
+      "stickbreaking_attention_backward(Tensor grad_o_BHTC, Tensor q_BHTC, Tensor k_BGSC, Tensor v_BGSC, Tensor o_BHTC, "
+      "Tensor? start_BT, Tensor? key_mask_BS, float scale, float stop) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "stickbreaking_decode(Tensor q_BHC, Tensor k_BGSC, Tensor v_BGSC, Tensor? start_B, Tensor? key_mask_BS, float scale, "
+      "float stop) -> Tensor");
+  m.def("stickbreaking_scan(Tensor logits_XTS, Tensor? start_XT) -> Tensor");
+  m.def("stickbreaking_scan_backward(Tensor grad_XTS, Tensor logits_XTS, Tensor? start_XT) -> Tensor");
+  m.def("sort_by_expert(Tensor expert_NK, int num_experts) -> (Tensor, Tensor, Tensor)");
+  m.def("permute(Tensor x_ND, Tensor order_R, Tensor inverse_R, int top_k) -> Tensor");
+  m.def("unpermute(Tensor y_RD, Tensor order_R, Tensor inverse_R, Tensor? gate_NK, int top_k) -> Tensor");
+  m.def("unpermute_backward(Tensor grad_ND, Tensor y_RD, Tensor order_R, Tensor gate_NK) -> (Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(megamf, CPU, m) {
+  using namespace megamf;
+  m.impl("stickbreaking_attention", stickbreaking_attention_cpu);
+  m.impl("stickbreaking_attention_backward", stickbreaking_attention_backward_cpu);
+  m.impl("stickbreaking_decode", stickbreaking_decode_cpu);
+  m.impl("stickbreaking_scan", stickbreaking_scan_cpu);
+  m.impl("stickbreaking_scan_backward", stickbreaking_scan_backward_cpu);
+  m.impl("sort_by_expert", sort_by_expert_cpu);
+  m.impl("permute", permute_cpu);
+  m.impl("unpermute", unpermute_cpu);
+  m.impl("unpermute_backward", unpermute_backward_cpu);
+}
+
+PyMODINIT_FUNC PyInit__C() {
+#if defined(__x86_64__)
+  // Built for this very machine by default: say so, rather than die of an illegal instruction on another.
+#if defined(__AVX512F__)
+  const bool fits = __builtin_cpu_supports("avx512f");
+  const char* need = "megamf._C was built for a CPU with AVX-512; rebuild it here, or with MEGAMF_MARCH=x86-64-v3";
+#elif defined(__AVX2__)
+  const bool fits = __builtin_cpu_supports("avx2");
+  const char* need = "megamf._C was built for a CPU with AVX2; rebuild it here, or with MEGAMF_MARCH=x86-64";
+#else
+  const bool fits = true;
+  const char* need = "";
+#endif
+  if (!fits) {
+    PyErr_SetString(PyExc_ImportError, need);
+    return nullptr;
+  }
+#endif
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "megamf._C", "Importing this module registers torch.ops.megamf.*", -1,
+                               nullptr,               nullptr,     nullptr,                                              nullptr, nullptr};
+  return PyModule_Create(&module);
+}

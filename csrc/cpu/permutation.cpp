@@ -1,0 +1,155 @@
+// Rows grouped by expert: counting sort, gather, and the weighted combination. Every output row has one writer.
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "heads.h"
+#include "ops.h"
+
+namespace megamf {
+
+namespace {
+
+constexpr int64_t kGrain = 64;
+
+void check_order(const at::Tensor& order, int64_t rows, const char* name) {
+  TORCH_CHECK_VALUE(order.dim() == 1 && order.size(0) == rows && order.scalar_type() == at::kLong && order.is_contiguous(), name,
+                    " is ", order.scalar_type(), " of shape ", order.sizes(), ", expected contiguous int64 [", rows, "]");
+}
+
+// An index from outside must not become an address.
+int64_t checked(int64_t index, int64_t rows, const char* name) {
+  TORCH_CHECK_INDEX(index >= 0 && index < rows, name, " holds ", index, ", expected 0 to ", rows - 1);
+  return index;
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> sort_by_expert_cpu(const at::Tensor& expert_NK, int64_t num_experts) {
+  TORCH_CHECK_VALUE(expert_NK.dim() == 2 && expert_NK.scalar_type() == at::kLong, "expert_NK is ", expert_NK.scalar_type(),
+                    " of shape ", expert_NK.sizes(), ", expected int64 [N, K]");
+  const at::Tensor expert = expert_NK.contiguous();
+  const int64_t R = expert.numel();
+  at::Tensor order_R = at::empty({R}, expert.options()), inverse_R = at::empty({R}, expert.options());
+  at::Tensor count_E = at::zeros({num_experts}, expert.options());
+  const int64_t* e = expert.const_data_ptr<int64_t>();
+  int64_t *order = order_R.mutable_data_ptr<int64_t>(), *inverse = inverse_R.mutable_data_ptr<int64_t>(),
+          *count = count_E.mutable_data_ptr<int64_t>();
+  for (int64_t n = 0; n < R; ++n) ++count[checked(e[n], num_experts, "expert_NK")];
+  std::vector<int64_t> next(num_experts);
+  int64_t total = 0;
+  for (int64_t x = 0; x < num_experts; ++x) {
+    next[x] = total;
+    total += count[x];
+  }
+  for (int64_t n = 0; n < R; ++n) {
+    const int64_t r = next[e[n]]++;
+    order[r] = n;
+    inverse[n] = r;
+  }
+  return {order_R, inverse_R, count_E};
+}
+
+// out[r] = x[order[r] / top_k]
+at::Tensor permute_cpu(const at::Tensor& x_ND, const at::Tensor& order_R, const at::Tensor& inverse_R, int64_t top_k) {
+  TORCH_CHECK_VALUE(x_ND.dim() == 2 && top_k > 0, "x has ", x_ND.dim(), " dimensions and top_k is ", top_k, ", expected 2 and >= 1");
+  const int64_t N = x_ND.size(0), D = x_ND.size(1), R = N * top_k;
+  check_order(order_R, R, "order_R");
+  check_order(inverse_R, R, "inverse_R");  // the backward pass gathers with it
+  const at::Tensor x = x_ND.contiguous();
+  at::Tensor out_RD = at::empty({R, D}, x.options());
+  const int64_t* order = order_R.const_data_ptr<int64_t>();
+  const auto bytes = static_cast<size_t>(D * x.element_size());
+  const char* from = static_cast<const char*>(x.const_data_ptr());
+  char* to = static_cast<char*>(out_RD.mutable_data_ptr());
+  at::parallel_for(0, R, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r)
+      std::memcpy(to + r * bytes, from + checked(order[r], R, "order_R") / top_k * bytes, bytes);
+  });
+  return out_RD;
+}
+
+// out[n] = sum_k gate[n, k] * y[inverse[n * K + k]]; without a gate the plain sum.
+at::Tensor unpermute_cpu(const at::Tensor& y_RD, const at::Tensor& order_R, const at::Tensor& inverse_R,
+                         const std::optional<at::Tensor>& gate_NK, int64_t top_k) {
+  TORCH_CHECK_VALUE(y_RD.dim() == 2 && top_k > 0 && y_RD.size(0) % top_k == 0, "y has shape ", y_RD.sizes(), " and top_k is ", top_k,
+                    ", expected [N * top_k, D]");
+  const int64_t R = y_RD.size(0), D = y_RD.size(1), N = R / top_k;
+  check_order(inverse_R, R, "inverse_R");
+  check_order(order_R, R, "order_R");  // the backward pass gathers with it
+  const at::Tensor y = y_RD.contiguous();
+  at::Tensor out_ND = at::empty({N, D}, y.options());
+  const int64_t* inverse = inverse_R.const_data_ptr<int64_t>();
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, y.scalar_type(), "unpermute", [&] {
+    using T = Acc<scalar_t>;
+    at::Tensor gate;
+    if (gate_NK) {
+      TORCH_CHECK_VALUE(gate_NK->dim() == 2 && gate_NK->size(0) == N && gate_NK->size(1) == top_k, "gate has shape ",
+                        gate_NK->sizes(), ", expected [", N, ", ", top_k, "]");
+      gate = gate_NK->to(c10::CppTypeToScalarType<T>::value).contiguous();
+    }
+    const T* weight = gate.defined() ? gate.const_data_ptr<T>() : nullptr;
+    const scalar_t* from = y.const_data_ptr<scalar_t>();
+    scalar_t* to = out_ND.mutable_data_ptr<scalar_t>();
+    at::parallel_for(0, N, kGrain, [&](int64_t begin, int64_t end) {
+      std::vector<T> row(D);
+      for (int64_t n = begin; n < end; ++n) {
+        std::fill(row.begin(), row.end(), T(0));
+        for (int64_t k = 0; k < top_k; ++k) {
+          const scalar_t* part = from + checked(inverse[n * top_k + k], R, "inverse_R") * D;
+          const T g = weight ? weight[n * top_k + k] : T(1);
+          for (int64_t d = 0; d < D; ++d) row[d] += g * static_cast<T>(part[d]);
+        }
+        write_row(row.data(), to + n * D, D, T(1));
+      }
+    });
+  });
+  return out_ND;
+}
+
+// Gradients of unpermute: grad_y[r] = gate[n, k] * grad[n] with n * K + k = order[r], grad_gate[n, k] = grad[n] . y[r].
+std::tuple<at::Tensor, at::Tensor> unpermute_backward_cpu(const at::Tensor& grad_ND, const at::Tensor& y_RD,
+                                                          const at::Tensor& order_R, const at::Tensor& gate_NK) {
+  const int64_t R = y_RD.size(0), D = y_RD.size(1), K = gate_NK.size(1);
+  TORCH_CHECK_VALUE(grad_ND.dim() == 2 && grad_ND.size(1) == D && grad_ND.size(0) * K == R, "grad has shape ", grad_ND.sizes(),
+                    ", expected [", K > 0 ? R / K : 0, ", ", D, "]");
+  check_order(order_R, R, "order_R");
+  const at::Tensor grad = grad_ND.contiguous(), y = y_RD.contiguous();
+  at::Tensor grad_y = at::empty_like(y);
+  at::Tensor grad_gate;
+  const int64_t* order = order_R.const_data_ptr<int64_t>();
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, y.scalar_type(), "unpermute_backward", [&] {
+    using T = Acc<scalar_t>;
+    const at::Tensor gate = gate_NK.to(c10::CppTypeToScalarType<T>::value).contiguous();
+    grad_gate = at::empty_like(gate);
+    const T* weight = gate.const_data_ptr<T>();
+    const scalar_t *up = grad.const_data_ptr<scalar_t>(), *rows = y.const_data_ptr<scalar_t>();
+    scalar_t* down = grad_y.mutable_data_ptr<scalar_t>();
+    T* to_gate = grad_gate.mutable_data_ptr<T>();
+    at::parallel_for(0, R, kGrain, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        const int64_t nk = checked(order[r], R, "order_R");
+        const scalar_t *g = up + nk / K * D, *row = rows + r * D;
+        scalar_t* out = down + r * D;
+        T lanes[kLanes<T>] = {};
+        int64_t d = 0;
+        for (; d + kLanes<T> <= D; d += kLanes<T>)
+          for (int64_t i = 0; i < kLanes<T>; ++i) lanes[i] += static_cast<T>(g[d + i]) * static_cast<T>(row[d + i]);
+        T total = 0;
+        for (; d < D; ++d) total += static_cast<T>(g[d]) * static_cast<T>(row[d]);
+        for (T lane : lanes) total += lane;
+        to_gate[nk] = total;
+        for (d = 0; d < D; ++d) out[d] = static_cast<scalar_t>(weight[nk] * static_cast<T>(g[d]));
+      }
+    });
+  });
+  return {grad_y, grad_gate.to(gate_NK.scalar_type())};
+}
+
+}  // namespace megamf

@@ -1,0 +1,172 @@
+"""Stick-breaking attention (ModuleFormer, arXiv 2306.04640): the public functions.
+
+With z = sigmoid(scale * q.k), a query walks the keys from the newest (itself) to the oldest; each key takes the share z of
+what is left of a stick of length 1. What is left at the end is dropped. `naive.py` is the specification.
+
+Shapes: `B` batch, `T` query time, `S` key time, `H` query heads, `G` key/value heads, `C` channels of a head, `X` any
+leading axes.
+"""
+
+import torch
+
+from megamf.ops import backend as backends
+from megamf.ops.stickbreaking import naive
+
+if backends.has_extension():
+    from megamf.ops.stickbreaking import csrc
+
+__all__ = ["document_starts", "stickbreaking_attention", "stickbreaking_decode", "stickbreaking_scan"]
+
+IMPLEMENTATIONS = {"csrc": frozenset({"cpu"}), "naive": frozenset[str]()}
+
+# A walk may stop when every stick of a block of queries is shorter than this: about 1/1000 of the rounding error
+# of the type.
+DEFAULT_STOP = {torch.float64: 1e-19, torch.float32: 1e-10, torch.bfloat16: 1e-6}
+
+
+def stickbreaking_attention(
+    q_BHTC: torch.Tensor,
+    k_BGSC: torch.Tensor,
+    v_BGSC: torch.Tensor,
+    *,
+    scale: float | None = None,
+    start_BT: torch.Tensor | None = None,
+    key_mask_BS: torch.Tensor | None = None,
+    stop: float | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Causal stick-breaking attention, differentiable in q, k and v; never a T x S matrix in memory (backend csrc).
+
+    q_BHTC, k_BGSC, v_BGSC: float32, float64 or bfloat16 (computed in float32), any C, S >= T, H a multiple of G; head h reads
+        key/value head h % G. Any strides; only a non-contiguous channel axis is copied. k and v may be one tensor.
+    scale: factor of q.k, default C ** -0.5.
+    start_BT: int32 or int64, first key position (0..S) a query may see. Query t stands at position S - T + t; a start beyond
+        it means that it sees nothing: output and gradients are exactly 0.
+    key_mask_BS: bool, False for keys that neither receive mass nor consume stick. Their k and v, and the q of queries that
+        see nothing, may hold anything, NaN included.
+    stop: the walk over older keys ends when every stick of a block of 64 queries is shorter than this; 0 never ends it.
+        Default 1e-19, 1e-10, 1e-6 for float64, float32, bfloat16. The outputs change by at most stop * max|v|, the gradients
+        of the skipped logits (which become 0) by at most 2 * stop * max|dO.v|. The naive backend ignores it.
+    backend: "auto", "csrc" (CPU) or "naive".
+
+    Returns o_BHTC, of q's dtype and memory layout. Same bits in every run, and for 1 to 8 threads.
+    Raises ValueError for shapes, types or a backend that do not fit.
+    """
+    _check_attention(q_BHTC, k_BGSC, v_BGSC, start_BT, key_mask_BS)
+    scale = q_BHTC.shape[-1] ** -0.5 if scale is None else float(scale)
+    name = backends.choose("stickbreaking_attention", backend, q_BHTC.device, IMPLEMENTATIONS, "csrc")
+    if name == "naive":
+        return naive.attention(q_BHTC, k_BGSC, v_BGSC, scale, start_BT, key_mask_BS)
+    q, k, v = _channels_last(q_BHTC, k_BGSC, v_BGSC)
+    return csrc.attention(q, k, v, start_BT, key_mask_BS, scale, _stop(stop, q.dtype))[0]
+
+
+def stickbreaking_decode(
+    q_BHC: torch.Tensor,
+    k_BGSC: torch.Tensor,
+    v_BGSC: torch.Tensor,
+    *,
+    scale: float | None = None,
+    start_B: torch.Tensor | None = None,
+    key_mask_BS: torch.Tensor | None = None,
+    stop: float | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """One query a sequence against S cached keys (the query's own key is the last); not differentiable.
+
+    Arguments as in `stickbreaking_attention`; start_B: first key position each query may see. Returns o_BHC.
+    """
+    _check_attention(q_BHC[:, :, None], k_BGSC, v_BGSC, None if start_B is None else start_B[:, None], key_mask_BS)
+    scale = q_BHC.shape[-1] ** -0.5 if scale is None else float(scale)
+    name = backends.choose("stickbreaking_decode", backend, q_BHC.device, IMPLEMENTATIONS, "csrc")
+    with torch.no_grad():
+        if name == "naive":
+            return naive.decode(q_BHC, k_BGSC, v_BGSC, scale, start_B, key_mask_BS)
+        q, k, v = _channels_last(q_BHC, k_BGSC, v_BGSC)
+        return csrc.decode(q, k, v, start_B, key_mask_BS, scale, _stop(stop, q.dtype))
+
+
+def stickbreaking_scan(
+    logits_XTS: torch.Tensor, *, start_XT: torch.Tensor | None = None, backend: str = "auto"
+) -> torch.Tensor:
+    """Weights A_j = z_j * prod over newer keys of (1 - z), z = sigmoid(logits), row by row; differentiable.
+
+    logits_XTS: [..., T, S] with S >= T, already scaled; query t sees keys start..S-T+t, the others get 0 whatever they hold.
+    start_XT: int32 or int64 of the leading shape [..., T]. Returns the weights, same shape and dtype.
+    Raises ValueError for shapes or a backend that do not fit.
+    """
+    if logits_XTS.dim() < 2 or logits_XTS.shape[-2] > logits_XTS.shape[-1]:
+        raise ValueError(
+            f"stickbreaking_scan: logits have shape {tuple(logits_XTS.shape)}, expected [..., T, S] with T <= S"
+        )
+    if start_XT is not None:
+        _check_start(start_XT, tuple(logits_XTS.shape[:-1]))
+    name = backends.choose("stickbreaking_scan", backend, logits_XTS.device, IMPLEMENTATIONS, "csrc")
+    return naive.scan(logits_XTS, start_XT) if name == "naive" else csrc.scan(logits_XTS, start_XT)
+
+
+def document_starts(cu_seqlens: torch.Tensor, B: int, T: int) -> torch.Tensor:
+    """First position of its document, within the row, for every token: int32 [B, T], the `start_BT` of a call with S = T.
+
+    cu_seqlens: integer [num_documents + 1], cumulative document lengths over the flattened B*T tokens, from 0 to B*T
+    (empty documents allowed). A row boundary always starts a document. Raises ValueError for anything else.
+    """
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.is_floating_point():
+        raise ValueError(
+            f"cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, expected integers in one dimension"
+        )
+    cu = cu_seqlens.long()
+    if int(cu[0]) != 0 or int(cu[-1]) != B * T or bool((cu[1:] < cu[:-1]).any()):
+        raise ValueError(
+            f"cu_seqlens runs from {int(cu[0])} to {int(cu[-1])}, expected non-decreasing from 0 to B*T = {B * T}"
+        )
+    token_N = torch.arange(B * T, device=cu.device)
+    start_N = cu[torch.searchsorted(cu, token_N, right=True) - 1]
+    row_N = token_N // max(T, 1) * T
+    return (torch.maximum(start_N, row_N) - row_N).view(B, T).int()
+
+
+def _check_attention(
+    q_BHTC: torch.Tensor,
+    k_BGSC: torch.Tensor,
+    v_BGSC: torch.Tensor,
+    start_BT: torch.Tensor | None,
+    key_mask_BS: torch.Tensor | None,
+) -> None:
+    shapes = f"q {tuple(q_BHTC.shape)}, k {tuple(k_BGSC.shape)}, v {tuple(v_BGSC.shape)}"
+    if q_BHTC.dim() != 4 or k_BGSC.dim() != 4 or k_BGSC.shape != v_BGSC.shape:
+        raise ValueError(f"stick-breaking attention got {shapes}, expected [B, H, T, C] and twice [B, G, S, C]")
+    B, H, T, C = q_BHTC.shape
+    G, S = k_BGSC.shape[1:3]
+    if k_BGSC.shape[0] != B or k_BGSC.shape[3] != C or G == 0 or H % G or T > S:
+        raise ValueError(
+            f"stick-breaking attention got {shapes}, expected equal B and C, H a multiple of G, and T <= S"
+        )
+    if not q_BHTC.dtype == k_BGSC.dtype == v_BGSC.dtype or q_BHTC.dtype not in DEFAULT_STOP:
+        raise ValueError(
+            f"stick-breaking attention got q {q_BHTC.dtype}, k {k_BGSC.dtype}, v {v_BGSC.dtype}, expected one of "
+            f"{', '.join(map(str, DEFAULT_STOP))} for all"
+        )
+    if start_BT is not None:
+        _check_start(start_BT, (B, T))
+    if key_mask_BS is not None and (tuple(key_mask_BS.shape) != (B, S) or key_mask_BS.dtype != torch.bool):
+        raise ValueError(
+            f"the key mask is {key_mask_BS.dtype} {tuple(key_mask_BS.shape)}, expected torch.bool {(B, S)}"
+        )
+
+
+def _check_start(start_XT: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(start_XT.shape) != shape or start_XT.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"start is {start_XT.dtype} {tuple(start_XT.shape)}, expected int32 or int64 {shape}")
+
+
+def _stop(stop: float | None, dtype: torch.dtype) -> float:
+    if stop is None:
+        return DEFAULT_STOP[dtype]
+    if not 0 <= stop < 1:
+        raise ValueError(f"stop = {stop}, expected 0 <= stop < 1 (a length of the stick)")
+    return float(stop)
+
+
+def _channels_last(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
