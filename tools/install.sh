@@ -68,14 +68,14 @@ make_venv() {
 }
 
 install_torch() {
-  python -m pip install -q --upgrade pip
-  python -m pip install -q 'numpy<2.4' 'setuptools>=69,<82' wheel ninja psutil "$MEGAMF_TORCH"
+  python -m pip install -q --upgrade pip &&
+    python -m pip install -q 'numpy<2.4' 'setuptools>=69,<82' wheel ninja psutil "$MEGAMF_TORCH"
 }
 
 # Isolated builds would not see the torch just installed and fetch another one.
 install_requirements() {
-  DS_BUILD_OPS=0 DS_ACCELERATOR=cpu python -m pip install -q --no-build-isolation 'numpy<2.4' deepspeed==0.19.8
-  python - "$@" <<'PYTHON' | xargs -d '\n' python -m pip install -q 'numpy<2.4'
+  DS_BUILD_OPS=0 DS_ACCELERATOR=cpu python -m pip install -q --no-build-isolation 'numpy<2.4' deepspeed==0.19.8 &&
+    python - "$@" <<'PYTHON' | xargs -d '\n' python -m pip install -q 'numpy<2.4'
 import sys, tomllib
 with open("pyproject.toml", "rb") as file:
     project = tomllib.load(file)["project"]
@@ -91,7 +91,6 @@ install_megamf() {
   command -v g++ >/dev/null || command -v c++ >/dev/null || fail "no C++ compiler found (g++); megamf builds an extension"
   make_venv
   MEGAMF_VENV=$(cd "$MEGAMF_VENV" && pwd)
-  export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
   local version
   version=$(python -V)
   once torch "$(hash_of "$version" "$MEGAMF_TORCH" </dev/null)" "torch and build tools" install_torch

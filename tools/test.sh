@@ -10,7 +10,7 @@ install_megamf data hf report test
 once oracle megatron-core==0.16.1 "megatron-core, an oracle of the tests" install_oracle
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
-export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 say "ruff"
 ruff check .
