@@ -5,7 +5,9 @@ from pathlib import Path
 import torch
 
 from megamf.config import ModelConfig
-from megamf.hf.sources import expected_shapes, open_weights
+from megamf.data.tokenizer import Tokenizer
+from megamf.errors import UserError
+from megamf.evaluate.weights import expected_shapes, open_weights
 from megamf.model import ModuleFormer
 
 DTYPES = {
@@ -33,3 +35,12 @@ def load_model(
         for name, parameter in model.named_parameters():
             parameter.copy_(weights.read(name))
     return model.eval(), weights.model
+
+
+def check_vocabulary(tokenizer: Tokenizer, model_vocab: int) -> None:
+    """Raise UserError, with both sizes, where the tokenizer makes ids that the model does not know."""
+    if tokenizer.vocab_size > model_vocab:
+        raise UserError(
+            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model's vocabulary {model_vocab}: "
+            "this is not the tokenizer that the model was trained with"
+        )

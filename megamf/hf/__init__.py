@@ -1,6 +1,10 @@
 """Hugging Face both ways. Importing this registers `moduleformer` with transformers' Auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+try:
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+except ModuleNotFoundError as error:
+    message = "megamf.hf needs transformers 5; install it with: pip install 'megamf[hf]'"
+    raise ModuleNotFoundError(message, name=error.name) from None
 
 from megamf.hf.modeling import (
     ModuleFormerForCausalLM,

@@ -14,10 +14,12 @@ import torch
 
 from megamf.checkpoint import WEIGHTS, check_space, expert_name, full_name, list_steps, module_table, save
 from megamf.errors import UserError
+from megamf.evaluate.load import load_model
+from megamf.evaluate.weights import CheckpointWeights, is_public_folder
 from megamf.hf.card import model_card
 from megamf.hf.configuration import to_public
+from megamf.hf.folder import FolderWeights
 from megamf.hf.layout import BUFFER, Entry, mask_buffer, plan_shards, public_entries, public_shapes, shard_names
-from megamf.hf.sources import CheckpointWeights, FolderWeights, is_public_folder
 from megamf.hf.streaming import INDEX, write_file
 from megamf.hf.tokenizer import TokenizerReport, export_tokenizer
 
@@ -169,8 +171,6 @@ def max_logit_difference(checkpoint: Path | str, folder: Path | str, tokens: int
     input is one batch of two rows of random tokens, one of them padded on the left.
     """
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-    from megamf.evaluate.load import load_model
 
     # The Auto classes would prefer megamf's own classes where `megamf.hf` was imported.
     portable = get_class_from_dynamic_module(AUTO_MAP["AutoModelForCausalLM"], str(folder))

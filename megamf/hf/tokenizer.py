@@ -15,6 +15,7 @@ from typing import Any
 
 from megamf.data.tokenizer import SPACE_MARK, Tokenizer, load_tokenizer, require
 from megamf.errors import UserError
+from megamf.evaluate.load import check_vocabulary
 
 # Score of entries that plain text must never become: below any path through the real pieces.
 NEVER = -1e4
@@ -70,15 +71,6 @@ def export_tokenizer(source: Path, out: Path, model_vocab: int) -> TokenizerRepo
         differing,
         example,
     )
-
-
-def check_vocabulary(tokenizer: Tokenizer, model_vocab: int) -> None:
-    """Raise UserError, with both sizes, where the tokenizer makes ids that the model does not know."""
-    if tokenizer.vocab_size > model_vocab:
-        raise UserError(
-            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model's vocabulary {model_vocab}: "
-            "this is not the tokenizer that the model was trained with"
-        )
 
 
 def convert_sentencepiece(path: Path) -> Any:

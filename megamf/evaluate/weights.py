@@ -10,10 +10,9 @@ from pydantic import ValidationError
 from megamf.checkpoint import MASTER, WEIGHTS, Checkpoint, check_model, expert_name
 from megamf.config import ModelConfig
 from megamf.errors import UserError
-from megamf.hf.configuration import to_model_config
-from megamf.hf.layout import BUFFER, public_shapes
-from megamf.hf.portable.configuration_moduleformer import ModuleFormerConfig
-from megamf.hf.streaming import read_tensor, tensor_files, tensor_shape
+from megamf.model import ModuleFormer
+
+MODEL_TYPE = "moduleformer"
 
 
 class Weights(Protocol):
@@ -43,9 +42,13 @@ def open_weights(path: Path | str, dtype: torch.dtype | None = None) -> Weights:
     are read where `dtype` can hold more than the weights. Raises UserError where there is neither.
     """
     path = Path(path)
-    if is_public_folder(path):
-        return FolderWeights(path)
-    return CheckpointWeights(path, dtype)
+    if not is_public_folder(path):
+        return CheckpointWeights(path, dtype)
+    try:
+        from megamf.hf.folder import FolderWeights
+    except ModuleNotFoundError as error:
+        raise UserError(f"{path} is a Hugging Face folder: {error}") from None
+    return FolderWeights(path)
 
 
 def is_public_folder(path: Path) -> bool:
@@ -54,7 +57,13 @@ def is_public_folder(path: Path) -> bool:
         tree = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(tree, dict) and tree.get("model_type") == ModuleFormerConfig.model_type
+    return isinstance(tree, dict) and tree.get("model_type") == MODEL_TYPE
+
+
+def expected_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every parameter of a ModuleFormer or a dense baseline."""
+    with torch.device("meta"):
+        return {name: tuple(value.shape) for name, value in ModuleFormer(model).state_dict().items()}
 
 
 class CheckpointWeights:
@@ -89,68 +98,6 @@ class CheckpointWeights:
             return WEIGHTS
         stored = name if self.checkpoint.has(name) else expert_name(name, 0)
         return MASTER if self._wanted.itemsize > self.checkpoint.dtype(stored).itemsize else WEIGHTS
-
-
-class FolderWeights:
-    """The weights of a folder in the public layout. The constant masks of released files are passed over."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = Path(path)
-        self.config = read_config(self.path)
-        self.model = to_model_config(self.config)
-        self.files = {name: file for name, file in tensor_files(self.path).items() if not BUFFER.fullmatch(name)}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Files are open only while a tensor is read."""
-
-    def dtype(self, name: str) -> torch.dtype:
-        return read_tensor(self.files[name], name).dtype
-
-    def read(self, name: str) -> torch.Tensor:
-        return read_tensor(self.files[name], name)
-
-    def check(self, expected: dict[str, tuple[int, ...]]) -> None:
-        missing, extra = sorted(expected.keys() - self.files.keys()), sorted(self.files.keys() - expected.keys())
-        if missing or extra:
-            first = f"missing: {missing[0]}" if missing else f"of no use: {extra[0]}"
-            raise UserError(
-                f"{self.path}: its weights do not belong to its config.json: {len(missing)} tensors are missing and "
-                f"{len(extra)} are unknown, first {first}"
-            )
-        for name, shape in expected.items():
-            if (stored := tensor_shape(self.files[name], name)) != shape:
-                raise UserError(
-                    f"{self.path}: {name} has shape {list(stored)}, its config.json describes {list(shape)}"
-                )
-
-
-def read_config(folder: Path) -> ModuleFormerConfig:
-    """The `config.json` of a public-layout folder. Raises UserError where it is none or contradicts itself."""
-    file = Path(folder) / "config.json"
-    try:
-        tree: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read as a configuration: {error}") from None
-    if not isinstance(tree, dict) or tree.get("model_type") != ModuleFormerConfig.model_type:
-        found = tree.get("model_type") if isinstance(tree, dict) else type(tree).__name__
-        raise UserError(f"{file} has model_type {found!r}, expected {ModuleFormerConfig.model_type!r}")
-    try:
-        return ModuleFormerConfig(**tree)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{file}: {error}") from None
-
-
-def expected_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every parameter of a ModuleFormer or a dense baseline."""
-    if model.kind == "moduleformer":
-        return public_shapes(model)
-    from megamf.model import ModuleFormer
-
-    with torch.device("meta"):
-        return {name: tuple(value.shape) for name, value in ModuleFormer(model).state_dict().items()}
 
 
 def _model_of(tree: dict[str, Any], path: Path) -> ModelConfig:
