@@ -2,7 +2,7 @@
 
 A balanced Feistel network permutes the numbers of an even number of bits; numbers that leave the wanted range are
 sent through it again until they come back inside ("cycle walking", Black and Rogaway 2002). The round function is
-the finaliser of splitmix64.
+the finaliser of splitmix64. Networks of few bits are not fair, so short ranges are sorted by a hash instead.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import hashlib
 import numpy as np
 
 ROUNDS = 6
-MIN_BITS = 8
+SHORT = 1024
 BLOCK = 2**14  # numbers at a time: they stay in the processor's cache
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -29,7 +29,10 @@ def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
     Returns int64 of the same shape. Time and memory depend on `index` only, not on `size`.
     """
     assert size > 0
-    half = np.uint64(max(MIN_BITS, (size - 1).bit_length() + 1) // 2)
+    if size <= SHORT:
+        hashes = _mix(_mix(np.arange(1, size + 1, dtype=np.uint64) * _GOLDEN) ^ np.uint64(key))
+        return np.argsort(hashes, kind="stable")[index].astype(np.int64)
+    half = np.uint64(((size - 1).bit_length() + 1) // 2)
     keys = _mix(np.uint64(key) + _GOLDEN * np.arange(1, ROUNDS + 1, dtype=np.uint64))
     flat = np.asarray(index, dtype=np.uint64).ravel()
     blocks = [_walk(flat[at : at + BLOCK], size, half, keys) for at in range(0, len(flat), BLOCK)]

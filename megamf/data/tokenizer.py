@@ -4,7 +4,6 @@ import hashlib
 import importlib
 import io
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +14,8 @@ from megamf.errors import UserError
 
 EOD_CANDIDATES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 BOS_CANDIDATES = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "<|endoftext|>")
+# A constant, because the number is written into the model and decides in which order unigram sums are made.
+TRAINING_THREADS = 16
 SPACE_MARK = "\u2581"
 
 
@@ -152,7 +153,6 @@ def train_sentencepiece(
     kind: Literal["bpe", "unigram"] = "bpe",
     split_digits: bool = True,
     max_bytes: int = 256 * 2**20,
-    num_threads: int | None = None,
     overwrite: bool = False,
 ) -> Tokenizer:
     """Train a lossless sentencepiece model with byte fallback on `texts` and write it to `output` (.model).
@@ -188,7 +188,7 @@ def train_sentencepiece(
             split_digits=split_digits,
             shuffle_input_sentence=False,
             max_sentence_length=2**30,
-            num_threads=num_threads or os.cpu_count() or 1,
+            num_threads=TRAINING_THREADS,
             unk_id=0,
             bos_id=1,
             eos_id=2,
