@@ -83,7 +83,8 @@ def train_flops_per_token(model: ModelConfig, seq_len: int) -> int:
     queries of width A and the (T + 1) / 2 keys it sees on average, itself included: Q K^T and A V cost 2 *
     K * A * (T + 1) / 2 each forward and twice that backward, so 6 * L * K * A * (T + 1). Elementwise work,
     routing, the optimizer and recomputation do not count (model FLOPs, not hardware FLOPs); document
-    boundaries are ignored, as if every row were one document.
+    boundaries are ignored, as if every row were one document, and keys that a kernel passes over because the
+    stick is used up count like any other: MFU is then higher than the device's real utilisation.
     """
     top_k = 1 if model.kind == "dense" else model.k_att
     attention = 6 * model.n_layer * top_k * model.att_hidden * (seq_len + 1)

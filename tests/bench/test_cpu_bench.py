@@ -7,15 +7,15 @@ import torch
 from megamf.bench import cpu
 from megamf.bench.memory import attention_memory_ratio
 from megamf.config import ModelConfig
+from megamf.ops.stickbreaking import DEFAULT_STOP
 
 
 def test_attention_reports_both_and_their_ratio():
     ticks = []
     figures = cpu.attention(1, 2, 32, 16, "_t32", 2, lambda: ticks.append(1), formula=True)
     values = {figure.name: figure.value for figure in figures}
-    assert values.keys() == {
-        "stickbreaking_t32_ms", "sdpa_t32_ms", "naive_t32_ms", "stickbreaking_vs_sdpa_t32"
-    }  # fmt: skip
+    timed = ("stickbreaking", "stickbreaking_early_stop", "sdpa", "naive")
+    assert values.keys() == {f"{name}_t32_ms" for name in timed} | {"stickbreaking_vs_sdpa_t32"}
     assert values["stickbreaking_vs_sdpa_t32"] == values["stickbreaking_t32_ms"] / values["sdpa_t32_ms"]
     assert len(ticks) == 4
 
@@ -32,6 +32,13 @@ def test_one_training_step_updates_every_parameter():
     before = [parameter.detach().clone() for parameter in parameters]
     step()
     assert all(not torch.equal(old, new) for old, new in zip(before, parameters))
+
+
+def test_no_key_is_passed_over_where_figures_have_limits():
+    usual = dict(DEFAULT_STOP)
+    with cpu.every_key():
+        assert set(DEFAULT_STOP.values()) == {0.0}
+    assert usual == DEFAULT_STOP
 
 
 def test_memory_ratio_sees_what_attention_allocates():
