@@ -64,3 +64,4 @@ def byte_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=Console(file=sys.stderr)) as progress:
         task = progress.add_task(title, total=total)
         yield lambda read: progress.advance(task, read)
+        progress.update(task, completed=total)

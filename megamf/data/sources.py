@@ -169,7 +169,7 @@ def _read_text(part: Part, options: Options) -> Iterator[Document | BadDocument]
     if not (options.blank_lines and part.path.suffix.lower() == ".txt"):
         yield _judge(text, str(part.path), part.size)
         return
-    paragraphs = [p for p in re.split(r"(?:\r?\n[ \t]*){2,}", text) if p and not p.isspace()]
+    paragraphs = [p for p in re.split(r"\r?\n(?:[ \t]*\r?\n)+", text) if p and not p.isspace()]
     for number, paragraph in enumerate(paragraphs):
         last = number == len(paragraphs) - 1
         yield _judge(paragraph, f"{part.path} paragraph {number + 1}", part.size if last else 0)
@@ -183,9 +183,12 @@ def _read_help(part: Part, options: Options) -> Iterator[Document | BadDocument]
 
 
 def _read_json_lines(part: Part, options: Options) -> Iterator[Document | BadDocument]:
-    for number, (line, read) in enumerate(_lines(part), start=1):
+    skipped = 0
+    for number, (line, size) in enumerate(_lines(part), start=1):
         if not line.strip():
+            skipped += size
             continue
+        read, skipped = size + skipped, 0
         origin = f"{part.path} line {number}"
         try:
             tree = json.loads(line.decode())

@@ -289,5 +289,5 @@ def _checked(ids: Iterable[int], vocab_size: int) -> list[int]:
 
 
 def _reason(error: Exception) -> str:
-    """The sentence of a sentencepiece error without its source position."""
-    return str(error).split("] ")[-1].strip() or "no reason given"
+    """The sentence of a sentencepiece error without its source position and advice on options this job lacks."""
+    return str(error).split("] ")[-1].split(" or decrease")[0].strip() or "no reason given"
