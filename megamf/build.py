@@ -10,8 +10,8 @@ from megamf.callbacks.metrics import Metrics, require_wandb
 from megamf.callbacks.preemption import Preemption
 from megamf.callbacks.progress import ProgressDisplay
 from megamf.config import ConfigError, RunConfig
-from megamf.data.loader import StepLoader, open_train, open_valid, valid_bytes_per_token
-from megamf.parallel.launch import Process, start, stop
+from megamf.data.loader import StepLoader, document_end, open_train, open_valid, valid_bytes_per_token
+from megamf.parallel.launch import Process, process_group
 from megamf.parallel.zero import deepspeed_config
 from megamf.rundir import check_writable, claim
 from megamf.trainer import Trainer
@@ -48,8 +48,7 @@ def build_trainer(config: RunConfig, process: Process) -> Iterator[tuple[Trainer
         if valid is not None:
             validation = stack.enter_context(step_loader(valid, config, process))
             callbacks.append(Evaluation(validation, valid_bytes_per_token(config)))
-        start(process)
-        stack.callback(stop)
+        stack.enter_context(process_group(process))
         yield Trainer(config, loader, callbacks), preemption
 
 
@@ -61,5 +60,6 @@ def step_loader(blend, config: RunConfig, process: Process) -> StepLoader:
         micro_batch=config.train.micro_batch,
         rank=process.rank,
         num_ranks=process.world,
+        eod_id=document_end(config),
         document_mask=config.data.document_mask,
     )

@@ -24,7 +24,7 @@ from megamf.model.objective import Objective
 from megamf.model.router import Router
 from megamf.parallel.dispatch import make_dispatcher
 from megamf.parallel.mesh import create_mesh
-from megamf.parallel.state import torch_optimizer
+from megamf.parallel.state import create_moments, torch_optimizer
 from megamf.parallel.zero import build_engine, clip_gradients
 from megamf.schedule import learning_rate
 
@@ -61,6 +61,7 @@ class Trainer:
         model.set_activation_checkpointing(config.train.activation_checkpointing)
         initialise(model, config.model, config.run.seed)
         self.engine = build_engine(Objective(model, config.train.loss_chunk), config, self.mesh)
+        create_moments(self.engine)
         self.objective: Objective = self.engine.module
         self.model: ModuleFormer = self.objective.model
         self.device = next(self.model.parameters()).device
@@ -118,9 +119,9 @@ class Trainer:
             loss = loss_sum / num_labels * shares
             cross_entropy += loss_sum.detach() / num_labels
             if local is not None:
-                added, summed = self.added_losses(local, scope)
+                added, value, summed = self.added_losses(local, scope)
                 loss = loss + added
-                auxiliary += added.detach() / shares
+                auxiliary += value / shares
                 seen = summed if seen is None else seen.with_flat(seen.flat() + summed.flat())
             self.engine.backward(loss)
             if last and self.engine.zero_optimization_stage() == 0:
@@ -138,20 +139,25 @@ class Trainer:
             self.step, self.tokens, losses[0].item(), losses[1].item(), rate, float(norm), seconds, stop, seen
         )
 
-    def added_losses(self, local: Packed, scope: Packed | None) -> tuple[torch.Tensor, Packed]:
-        """What one micro batch adds to the cross entropy, scaled for the engine, and the sums it was evaluated at."""
+    def added_losses(self, local: Packed, scope: Packed | None) -> tuple[torch.Tensor, torch.Tensor, Packed]:
+        """What one micro batch adds to the engine's loss, the value to report, and the sums it was evaluated at.
+
+        The value is that of the whole scope, the same for every share; the gradient is that of this share.
+        """
         losses = self.config.losses
         if losses.scope == "rank":
-            scope, shares = local, 1
+            scope, factor = local, 1
         elif scope is None:
-            scope, shares = local.with_flat(self.total(local.flat())), self.mesh.world
+            scope, factor = local.with_flat(self.total(local.flat())), self.mesh.world
         else:
-            shares = self.mesh.world * self.accumulation
-        added = auxiliary_loss(local, scope, losses) * shares
+            factor = self.mesh.world * self.accumulation
+        value = auxiliary_loss(local, scope, losses)
+        added = value * factor
         if losses.routing_regularisation:
-            rows = [router.expert_rows() for router in self.routers]
-            added = added + losses.routing_regularisation * routing_norm(rows)
-        return added, scope
+            # No share but the whole, on every rank: the engine's average leaves it as it is.
+            norm = losses.routing_regularisation * routing_norm([router.expert_rows() for router in self.routers])
+            added, value = added + norm, value + norm
+        return added, value.detach(), scope
 
     def global_router_sums(self, batches: Sequence[MicroBatch]) -> Packed | None:
         """Exact sums over the global batch before its first gradient; None where one micro batch a rank is all of it.

@@ -142,8 +142,10 @@ class Checkpointing(Callback):
 
     def _note_load(self, result: "StepResult") -> None:
         rows = {(record["layer"], record["kind"]): record["load"] for record in module_load(result.router_sums)}
-        for module in self.modules:
-            module.load = {"step": result.step, "share": rows[module.layer, module.kind][module.index]}
+        self.modules = [
+            row.model_copy(update={"load": {"step": result.step, "share": rows[row.layer, row.kind][row.index]}})
+            for row in self.modules
+        ]
 
     def _together(self, action: Any, undo: Any = None) -> Any:
         """Run on every rank; if it fails on one, all undo and raise."""

@@ -16,5 +16,5 @@ class NonFiniteGuard(Callback):
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             raise RuntimeError(
                 f"step {result.step}: loss {result.loss}, gradient norm {result.grad_norm}. The run ends before this "
-                "state is saved; the newest checkpoint is from before it. Lower optim.lr or look at the data of this step"
+                "state is saved; the newest checkpoint is from before it. Lower optim.lr or look at this step's data"
             )

@@ -34,7 +34,7 @@ class ProgressDisplay(Callback):
             self.task = self.bar.add_task("train", total=total, completed=done, status="")
             self.bar.start()
         if done:
-            self.console.print(f"resumed at step {done} of {total}")
+            self._say(f"resumed at step {done} of {total}")
 
     def on_step_end(self, trainer: "Trainer", result: "StepResult") -> None:
         if not trainer.is_main:
@@ -47,18 +47,22 @@ class ProgressDisplay(Callback):
         elif now - self.last_line > SECONDS_BETWEEN_LINES or result.step == trainer.config.train.steps:
             self.last_line = now
             left = (now - self.began) / (result.step - self.first_step) * (trainer.config.train.steps - result.step)
-            self.console.print(
+            self._say(
                 f"step {result.step}/{trainer.config.train.steps} | {status} | lr {result.lr:.2e} | "
                 f"grad norm {result.grad_norm:.2f} | eta {duration(left)}"
             )
 
     def on_evaluation(self, trainer: "Trainer", evaluation: dict[str, float]) -> None:
         if trainer.is_main:
-            self.console.print(f"step {trainer.step} | {describe(evaluation)}")
+            self._say(f"step {trainer.step} | {describe(evaluation)}")
 
     def on_train_end(self, trainer: "Trainer") -> None:
         if self.bar is not None:
             self.bar.stop()
+
+    def _say(self, line: str) -> None:
+        # One line stays one line in a log file, however long.
+        self.console.print(line, soft_wrap=True)
 
 
 def describe(evaluation: dict[str, float]) -> str:

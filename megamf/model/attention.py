@@ -64,9 +64,7 @@ class ExpertAttention(nn.Module):
         if self.k_proj is None or self.v_proj is None:
             shared_BGTC = split_heads(x_BTD, self.num_heads)
             return shared_BGTC, shared_BGTC
-        return split_heads(self.k_proj(x_BTD), self.num_heads), split_heads(
-            self.v_proj(x_BTD), self.num_heads
-        )
+        return split_heads(self.k_proj(x_BTD), self.num_heads), split_heads(self.v_proj(x_BTD), self.num_heads)
 
 
 class DenseAttention(nn.Module):
@@ -113,8 +111,6 @@ def attend(
     """o_BHTC; one query without gradient takes the decoding kernel."""
     if q_BHTC.shape[2] == 1 and not torch.is_grad_enabled():
         start_B = None if start_BT is None else start_BT[:, 0]
-        o_BHC = stickbreaking_decode(
-            q_BHTC[:, :, 0], k_BGSC, v_BGSC, start_B=start_B, key_mask_BS=key_mask_BS
-        )
+        o_BHC = stickbreaking_decode(q_BHTC[:, :, 0], k_BGSC, v_BGSC, start_B=start_B, key_mask_BS=key_mask_BS)
         return o_BHC.unsqueeze(2)
     return stickbreaking_attention(q_BHTC, k_BGSC, v_BGSC, start_BT=start_BT, key_mask_BS=key_mask_BS)

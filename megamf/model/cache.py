@@ -12,6 +12,7 @@ class LayerCache:
 
     def __init__(self) -> None:
         self._buffers: list[torch.Tensor] = []
+        self._writable = False
         self.length = 0
 
     def append(self, k_BGTC: torch.Tensor, v_BGTC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -19,9 +20,9 @@ class LayerCache:
         shared = k_BGTC is v_BGTC
         news = [k_BGTC] if shared else [k_BGTC, v_BGTC]
         if torch.is_grad_enabled():
-            # A graph may hold on to what was returned before: never write into it.
+            # A graph may hold on to what is returned: it is never written into.
             joined = [self._joined(i, new) for i, new in enumerate(news)]
-            self._buffers = [whole.detach() for whole in joined]
+            self._buffers, self._writable = [whole.detach() for whole in joined], False
             self.length = joined[0].shape[2]
             return joined[0], joined[-1]
         self._reserve(news)
@@ -50,7 +51,7 @@ class LayerCache:
 
     def _reserve(self, news: list[torch.Tensor]) -> None:
         needed = self.length + news[0].shape[2]
-        if self._buffers and self._buffers[0].shape[2] >= needed:
+        if self._writable and self._buffers[0].shape[2] >= needed:
             return
         grown = []
         for i, new in enumerate(news):
@@ -59,7 +60,7 @@ class LayerCache:
             if self._buffers:
                 buffer[:, :, : self.length] = self._buffers[i][:, :, : self.length]
             grown.append(buffer)
-        self._buffers = grown
+        self._buffers, self._writable = grown, True
 
 
 class Cache:

@@ -38,9 +38,7 @@ class ExpertLinear(nn.Module):
 class RoutedExperts(nn.Module):
     """Router `gate`, input projections `experts` [L, D, F] and output projections `output_experts` [L, F, D]."""
 
-    def __init__(
-        self, config: ModelConfig, num_experts: int, top_k: int, hidden: int, dispatcher: Dispatcher
-    ) -> None:
+    def __init__(self, config: ModelConfig, num_experts: int, top_k: int, hidden: int, dispatcher: Dispatcher) -> None:
         super().__init__()
         self.num_experts = num_experts
         self.dispatcher = dispatcher

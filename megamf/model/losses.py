@@ -3,8 +3,8 @@
 Shapes: N tokens, D width, V vocabulary, M routers (two a layer), E experts (padded to the largest router).
 
 Balance losses are functions of sums over a batch. `Packed` holds these sums for every router; a loss is evaluated at
-the sums of the whole scope (all ranks, all accumulation steps) while its gradient flows through the local share only, so
-that adding up the gradients of all shares gives exactly the gradient on the global batch.
+the sums of the whole scope (all ranks, all accumulation steps) while its gradient flows through the local share only:
+adding up the gradients of all shares gives exactly the gradient on the global batch.
 Sources: ModuleFormer's gate (mi, switch + z), its paper (concentration, routing regularisation).
 """
 
@@ -64,9 +64,7 @@ class Packed:
         """The same routers with the sums in `flat` (as laid out by `flat()`)."""
         M, E = self.prob_ME.shape
         prob, count, entropy, logsumexp2, tokens = flat.split([M * E, M * E, M, M, 1])
-        return Packed(
-            prob.view(M, E), count.view(M, E), entropy, logsumexp2, tokens.view(()), self.num_experts_M
-        )
+        return Packed(prob.view(M, E), count.view(M, E), entropy, logsumexp2, tokens.view(()), self.num_experts_M)
 
 
 def pack(stats: Sequence[RouterStats]) -> Packed:

@@ -1,9 +1,12 @@
 """Which process am I? The same answer under plain python, torchrun, the deepspeed launcher and srun."""
 
 import datetime
+import logging
 import os
 import socket
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -45,8 +48,15 @@ def identify(environment: Mapping[str, str]) -> Process:
     return Process(rank, world, local_rank)
 
 
-def start(process: Process) -> None:
-    """Join the process group: NCCL on GPUs, gloo on CPUs. A lone process makes a group of one."""
+@contextmanager
+def process_group(process: Process) -> Iterator[None]:
+    """Join the process group, NCCL on GPUs and gloo on CPUs, and leave it; inside another such block do nothing.
+
+    A lone process makes a group of one. Raises UserError where the processes cannot find each other.
+    """
+    if torch.distributed.is_initialized():
+        yield
+        return
     os.environ.setdefault("RANK", str(process.rank))
     os.environ.setdefault("WORLD_SIZE", str(process.world))
     os.environ.setdefault("LOCAL_RANK", str(process.local_rank))
@@ -60,6 +70,7 @@ def start(process: Process) -> None:
         torch.cuda.set_device(process.device)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    _quieten()
 
     import deepspeed
 
@@ -68,12 +79,17 @@ def start(process: Process) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if process.device.type == "cuda" else "gloo"
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=TIMEOUT, verbose=False)
-
-
-def stop() -> None:
-    """Leave the process group."""
-    if torch.distributed.is_initialized():
+    try:
+        yield
+    finally:
         torch.distributed.destroy_process_group()
+
+
+def _quieten() -> None:
+    """DeepSpeed's remarks on import and torch's on DeepSpeed's calls tell a user nothing to act on."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
 def free_port() -> int:

@@ -1,8 +1,8 @@
 """Training state of a DeepSpeed engine as logical tensors: out for a checkpoint, in from one, for any layout.
 
 Shapes: L local experts. Names are `GROUP/NAME` with the groups of `megamf.checkpoint`; an expert tensor [L, in, out]
-leaves as one tensor [in, out] for every expert. Everything goes through DeepSpeed's per-parameter accessors; at stage 0 the
-state is the torch optimizer's own.
+leaves as one tensor [in, out] for every expert. Everything goes through DeepSpeed's per-parameter accessors; at stage
+0 the state is the torch optimizer's own.
 """
 
 from collections.abc import Iterator
@@ -133,7 +133,8 @@ def load_state(engine: Any, checkpoint: Checkpoint, step: int) -> None:
             f"{checkpoint.path} has no optimizer state for {len(missing)} tensors (first: {missing[0]}): it cannot be "
             "resumed; start a new run from its weights"
         )
-    _create_moments(engine, step)
+    for state in torch_optimizer(engine).state.values():
+        state["step"].fill_(step)
     masters = set(checkpoint.logical_shapes("master"))
     for name, parameter in model.named_parameters():
         weights = _read(checkpoint, name, "weights", experts)
@@ -157,16 +158,18 @@ def _read(checkpoint: Checkpoint, name: str, group: str, experts: dict[str, rang
     return checkpoint.full(name, group)
 
 
-def _create_moments(engine: Any, step: int) -> None:
-    """Zero moments where AdamW would create them at its first step, with its count set to `step`."""
+def create_moments(engine: Any) -> None:
+    """Zero moments where AdamW would create them at its first step.
+
+    DeepSpeed links a parameter's accessors to its slice of the moments during the first group's first step, when the
+    other groups have none yet, and never again; so they must be there before.
+    """
     optimizer = torch_optimizer(engine)
     for group in optimizer.param_groups:
         for tensor in group["params"]:
-            on_device = {"device": tensor.device} if group.get("fused") or group.get("capturable") else {}
             optimizer.state[tensor] = {
-                "step": torch.tensor(float(step), dtype=torch.float32, **on_device),
+                "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
                 **{key: torch.zeros_like(tensor) for key in MOMENTS},
             }
     if engine.zero_optimization_stage() > 0:
-        # Links each parameter's accessors to its slice of the moments; the first step would do it too late.
         engine.optimizer._lazy_init_hp_params_optimizer_state()

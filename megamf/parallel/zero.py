@@ -1,8 +1,9 @@
 """The DeepSpeed glue: its JSON filled from the run configuration, expert parameters declared, the engine built.
 
 What its engine needs to treat expert parameters rightly at ZeRO 0-2: each carries `allreduce = False` and the name
-of its expert group, sits in a parameter group with `moe: True`, and some module is a `deepspeed.moe.layer.MoE`. Without the last, stages 0-2 crash and stage 3 trains silently wrong (experts are broadcast from rank 0 and averaged over
-all ranks); hence the guards below.
+of its expert group, sits in a parameter group with `moe: True`, and some module is a `deepspeed.moe.layer.MoE`.
+Without the last, stages 0-2 crash and stage 3 trains silently wrong (experts are broadcast from rank 0 and averaged
+over all ranks); hence the guards below.
 """
 
 import json

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from megamf.config import RunConfig, validate
-from megamf.data.loader import StepLoader, open_train
-from megamf.parallel.launch import identify, start, stop
+from megamf.data.loader import StepLoader, document_end, open_train
+from megamf.parallel.launch import identify, process_group
 from megamf.parallel.state import full_gradients
 from megamf.trainer import Trainer
 
@@ -28,19 +28,21 @@ def run_case(config: RunConfig, steps: int) -> tuple[dict[str, torch.Tensor], di
         micro_batch=train.micro_batch,
         rank=rank,
         num_ranks=world,
+        eod_id=document_end(config),
         document_mask=config.data.document_mask,
     )
     with loader:
         trainer = Trainer(config, loader)
         gradients: dict[str, torch.Tensor] = {}
-        engine_step = trainer.engine.step
+        engine_backward = trainer.engine.backward
 
-        def step_and_look() -> None:
+        def backward_and_look(loss: torch.Tensor) -> None:
+            engine_backward(loss)
+            # Before clipping, which stage 0 does right after this.
             if trainer.step == 0 and trainer.engine.is_gradient_accumulation_boundary():
                 gradients.update(full_gradients(trainer.engine, trainer.mesh))
-            engine_step()
 
-        trainer.engine.step = step_and_look
+        trainer.engine.backward = backward_and_look
         seen: dict[str, list[float]] = {"loss": [], "aux_loss": [], "grad_norm": []}
         for _ in range(steps):
             result = trainer.train_step(loader.step(trainer.consumed))
@@ -51,14 +53,13 @@ def run_case(config: RunConfig, steps: int) -> tuple[dict[str, torch.Tensor], di
 
 def main() -> None:
     torch.set_num_threads(1)
-    start(identify(os.environ))
     out, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
-    for name, case in cases.items():
-        gradients, seen = run_case(validate(case["config"]), case["steps"])
-        if torch.distributed.get_rank() == 0:
-            save_file(gradients, out / f"{name}.safetensors")
-            (out / f"{name}.json").write_text(json.dumps(seen))
-    stop()
+    with process_group(identify(os.environ)):
+        for name, case in cases.items():
+            gradients, seen = run_case(validate(case["config"]), case["steps"])
+            if torch.distributed.get_rank() == 0:
+                save_file(gradients, out / f"{name}.safetensors")
+                (out / f"{name}.json").write_text(json.dumps(seen))
 
 
 if __name__ == "__main__":

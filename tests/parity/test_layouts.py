@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +11,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from megamf.config import RunConfig, validate
-from megamf.data.indexed import IndexedWriter
 from megamf.data.loader import StepLoader, open_train
 from megamf.model import ModuleFormer, initialise
-from megamf.parallel.launch import free_port
 
 STEPS = 20
 LAYOUTS = [(ep, stage) for ep in (1, 2, 4) for stage in (0, 1, 2)]
-WORKER = Path(__file__).with_name("layout_worker.py")
 
 
 def case(prefix: Path, *, ep: int, stage: int, micro_batch: int, steps: int = STEPS, **losses) -> dict:
@@ -45,44 +39,8 @@ def case(prefix: Path, *, ep: int, stage: int, micro_batch: int, steps: int = ST
     }  # fmt: skip
 
 
-def launch(world: int, cases: dict, out: Path) -> None:
-    """Run all cases in one process group of `world` ranks; every rank ends or the test fails."""
-    out.mkdir()
-    (out / "cases.json").write_text(json.dumps(cases))
-    environment = os.environ | {
-        "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(out), str(out / "cases.json")],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=400)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-    assert all(process.returncode == 0 for process in ranks), "\n".join(outputs)[-4000:]
-
-
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    """Documents of 1 to 60 tokens, so that rows hold several and some are cut."""
-    prefix = tmp_path_factory.mktemp("corpus") / "text"
-    rng = np.random.default_rng(0)
-    with IndexedWriter(prefix, vocab_size=61) as writer:
-        for _ in range(400):
-            body = (np.cumsum(rng.integers(1, 4, rng.integers(1, 60))) % 60 + 1).tolist()
-            writer.add([*body, 0])
-    return prefix
-
-
-@pytest.fixture(scope="module")
-def results(corpus, tmp_path_factory) -> Path:
+def results(corpus, launch, tmp_path_factory) -> Path:
     """Everything that the process groups of 1 and 4 ranks saw."""
     out = tmp_path_factory.mktemp("parity")
     cases = {f"ep{ep}-zero{stage}": case(corpus, ep=ep, stage=stage, micro_batch=2) for ep, stage in LAYOUTS}
@@ -94,8 +52,8 @@ def results(corpus, tmp_path_factory) -> Path:
         "alone-accumulated": case(corpus, ep=1, stage=0, micro_batch=2),
         "alone-switch": case(corpus, ep=1, stage=1, micro_batch=8, steps=2, balance="switch"),
     }
-    launch(1, alone, out / "one")
-    launch(4, cases, out / "four")
+    launch("layout_worker.py", 1, alone, out / "one")
+    launch("layout_worker.py", 4, cases, out / "four")
     return out
 
 
@@ -103,7 +61,9 @@ def oracle(config: RunConfig) -> tuple[dict[str, torch.Tensor], float, float, fl
     """Gradients, cross entropy, added losses and norm of the first global batch, in float64 by plain autograd."""
     model = ModuleFormer(config.model).double()
     initialise(model, config.model, config.run.seed)
-    loader = StepLoader(open_train(config), global_batch=8, micro_batch=8, rank=0, num_ranks=1, document_mask=True)
+    loader = StepLoader(
+        open_train(config), global_batch=8, micro_batch=8, rank=0, num_ranks=1, eod_id=0, document_mask=True
+    )
     with loader:
         [batch] = loader.step(0)
     output = model(batch.input_BT, start_BT=batch.start_BT)
