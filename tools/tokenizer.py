@@ -6,6 +6,8 @@ so that decoding gives back every text unchanged. A Hugging Face tokenizer.json 
 """
 
 import argparse
+import sys
+from collections.abc import Iterator
 
 from megamf.cli import run
 from megamf.data.prepare import BadDocuments, good_texts
@@ -39,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     bad = BadDocuments()
     with byte_progress("reading", sum(part.size for part in parts)) as advance:
         tokenizer = train_sentencepiece(
-            good_texts(read_documents(parts, options), bad, args.on_bad, advance),
+            _announced(good_texts(read_documents(parts, options), bad, args.on_bad, advance)),
             args.output,
             args.vocab_size,
             kind=args.type,
@@ -49,6 +51,11 @@ def main(argv: list[str] | None = None) -> int:
         )
     print(f"{args.output}: {args.type}, {tokenizer.vocab_size} pieces, document end {tokenizer.eod_id}; {bad}")
     return 0
+
+
+def _announced(texts: Iterator[str]) -> Iterator[str]:
+    yield from texts
+    print("everything is read; training", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -149,7 +149,9 @@ class _Windows:
             order += self.documents.begin
             starts = self.documents.dataset.document_ends
             ends = np.zeros(count + 1, dtype=np.int64)
-            np.cumsum(starts[order + 1] - starts[order], out=ends[1:])
+            np.cumsum(np.diff(starts)[order], out=ends[1:])
+            if self.documents.end < 2**32:
+                order = order.astype(np.uint32)  # half the memory
             if len(self._orders) == 2:
                 del self._orders[next(iter(self._orders))]
             self._orders[epoch] = (order, ends)

@@ -93,7 +93,8 @@ class IndexedDataset:
         self.num_tokens = int(ends[-1])
         _check_pair(self._bin_path, index_path, self.dtype, ends, pointers, self.document_table)
         self._sequence_ends = ends
-        self.document_ends = ends[self.document_table]
+        one_each = np.array_equal(self.document_table, np.arange(len(ends)))
+        self.document_ends = ends if one_each else ends[self.document_table]
         self._tokens: np.ndarray | None = None
         self._file: int | None = None
         if mmap and self.num_tokens:
@@ -187,7 +188,7 @@ def _map(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
     try:
         return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
     except OSError as error:
-        raise UserError(f"{path} cannot be mapped into memory ({error}); open it without mmap") from None
+        raise UserError(f"{path} cannot be mapped into memory ({error}): move it to a file system that can") from None
 
 
 def _check_pair(

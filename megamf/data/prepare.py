@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -228,7 +229,16 @@ _worker: tuple[Tokenizer, bool] | None = None
 def _start_worker(tokenizer_path: str, eod_token: str | None, append_eod: bool) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     _worker = (load_tokenizer(tokenizer_path, eod_token), append_eod)
+
+
+def _leave_with_parent() -> None:
+    """Workers of a killed parent would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _work(texts: list[str]) -> tuple[np.ndarray, list[int]]:

@@ -9,6 +9,7 @@ import torch
 from megamf.config import validate
 from megamf.data.indexed import IndexedDataset, IndexedWriter, Metadata
 from megamf.data.loader import StepLoader, document_end, micro_batch, open_train, open_valid, valid_bytes_per_token
+from megamf.data.tokenizer import train_sentencepiece
 from megamf.errors import UserError
 
 EOD, VOCAB = 2, 5000
@@ -209,3 +210,14 @@ def test_metadata_of_another_dataset(folder):
     (folder / "a.json").write_bytes((folder / "b.json").read_bytes())
     with pytest.raises(UserError, match=r"a\.json describes 40 documents .* beside it 100"):
         open_train(configuration(folder))
+
+
+def test_tokenizer_of_the_configuration(folder):
+    path = folder / "t.model"
+    sha = train_sentencepiece([f"abc = {n}\n" for n in range(99)], path, 290).sha256
+    with pytest.raises(UserError, match=rf"tokenizer t \(sha256 ab\), but data\.tokenizer=.*{sha[:12]}"):
+        open_train(configuration(folder, tokenizer=str(path)))
+    write(folder / "its", 100, sha=sha)
+    assert open_train(configuration(folder, train=(("its", 1),), tokenizer=str(path))).num_windows > 8
+    write(folder / "bare", 100, metadata=False)
+    assert document_end(configuration(folder, train=(("bare", 1),), tokenizer=str(path))) == 2

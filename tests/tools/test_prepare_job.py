@@ -1,8 +1,11 @@
 """`megamf prepare` from the command line, and as a program of its own."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -63,3 +66,45 @@ def test_as_a_program_with_workers(folder, tmp_path):
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "0 bad documents"), done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.bin", "out.idx", "out.json"]
     assert subprocess.run(command, capture_output=True, text=True, timeout=120).returncode == 2
+
+
+def alive(group):
+    """Processes of a process group that are not zombies."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, of_group = stat.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        if int(of_group) == group and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to look for processes")
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+def test_no_process_outlives_the_job(folder, tmp_path, stop):
+    many = tmp_path / "many.jsonl"
+    many.write_text((json.dumps({"body": "record value " * 500}) + "\n") * 3000)
+    command = [
+        sys.executable, megamf.tools.prepare.__file__, *arguments(folder, tmp_path / "out" / "x", "--workers", "2"),
+        "--input", *[str(many)] * 40,
+    ]  # fmt: skip
+    job = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 60
+    try:
+        while not (any(tmp_path.glob("out/.x.*/bin")) and len(alive(job.pid)) >= 3):
+            assert job.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.killpg(job.pid, stop) if stop == signal.SIGINT else job.send_signal(stop)
+        code = job.wait(60)
+        while alive(job.pid):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        if alive(job.pid):
+            os.killpg(job.pid, signal.SIGKILL)
+    if stop == signal.SIGINT:
+        assert code == 130
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["many.jsonl"]
