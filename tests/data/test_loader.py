@@ -214,7 +214,7 @@ def test_metadata_of_another_dataset(folder):
 
 def test_tokenizer_of_the_configuration(folder):
     path = folder / "t.model"
-    sha = train_sentencepiece([f"abc = {n}\n" for n in range(99)], path, 290).sha256
+    sha = train_sentencepiece([f"abc = {n}\n" for n in range(99)], path, 278).sha256
     with pytest.raises(UserError, match=rf"tokenizer t \(sha256 ab\), but data\.tokenizer=.*{sha[:12]}"):
         open_train(configuration(folder, tokenizer=str(path)))
     write(folder / "its", 100, sha=sha)
