@@ -125,11 +125,11 @@ def hf_difference(checkpoint: Path, folder: Path) -> float:
     from transformers import AutoModelForCausalLM
 
     import megamf.hf  # noqa: F401  (registers the model type)
-    from megamf.evaluate import load_model
+    from megamf.evaluate.load import load_model
 
-    ours = load_model(checkpoint).float().eval()
+    ours, model = load_model(checkpoint)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    token_BT = torch.randint(ours.config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
+    token_BT = torch.randint(model.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
     return (ours.logits(ours(token_BT).hidden_BTD) - theirs(token_BT).logits).abs().max().item()
 
 
