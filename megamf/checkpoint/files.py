@@ -29,13 +29,17 @@ def write_durably(path: Path, content: bytes) -> None:
 def replace_file(path: Path, content: bytes) -> None:
     """Replace a small file atomically: readers see the old content or the new one, after a crash too."""
     part = path.with_name(f"{layout.TEMPORARY}{path.name}-{uuid.uuid4().hex}")
+    # Opened ahead: once the file has its name, another process may rename the directory.
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
         write_durably(part, content)
         os.replace(part, path)
+        os.fsync(directory)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    fsync_directory(path.parent)
+    finally:
+        os.close(directory)
 
 
 def remove_tree(path: Path, prefix: str = layout.OLD) -> None:

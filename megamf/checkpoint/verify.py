@@ -1,6 +1,7 @@
 """Is a checkpoint what was written? Quick (structure, sizes, small files) and full (checksum of every byte)."""
 
 import hashlib
+import json
 import os
 import stat
 from collections.abc import Callable
@@ -37,6 +38,13 @@ def read_manifest(path: Path) -> Manifest:
     digest = hashlib.sha256(content).hexdigest()
     if _read(path, layout.MANIFEST_SUM) != f"{digest}  {layout.MANIFEST}\n".encode():
         raise DamagedCheckpoint(path, layout.MANIFEST, f"does not have the checksum in {layout.MANIFEST_SUM}")
+    try:
+        version = json.loads(content).get("version")
+    except (ValueError, AttributeError) as error:
+        raise DamagedCheckpoint(path, layout.MANIFEST, f"is no JSON object: {error}") from error
+    if version != layout.VERSION:
+        what = f"is of format version {version}, this megamf reads version {layout.VERSION}"
+        raise DamagedCheckpoint(path, layout.MANIFEST, what)
     try:
         return Manifest.model_validate_json(content)
     except ValidationError as error:

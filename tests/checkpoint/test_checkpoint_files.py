@@ -22,6 +22,20 @@ def test_replacing_a_file_is_all_or_nothing(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["latest"]
 
 
+def test_the_directory_may_be_renamed_as_soon_as_the_file_is_there(tmp_path, monkeypatch):
+    """What rank 0 does when the mark it waits for is the last one."""
+    (tmp_path / "before").mkdir()
+    replace = os.replace
+
+    def replace_then_rename(source, target):
+        replace(source, target)
+        os.rename(tmp_path / "before", tmp_path / "after")
+
+    monkeypatch.setattr(files.os, "replace", replace_then_rename)
+    files.replace_file(tmp_path / "before" / "mark", b"x")
+    assert (tmp_path / "after" / "mark").read_bytes() == b"x"
+
+
 def test_a_removed_tree_leaves_its_name_before_its_content_goes(tmp_path, monkeypatch):
     tree = tmp_path / "step-00000001"
     tree.mkdir()

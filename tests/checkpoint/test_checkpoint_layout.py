@@ -1,11 +1,12 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megamf.checkpoint import layout
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.integers(0, layout.MAX_STEP))
 def test_step_names_are_invertible_and_sort_by_step(step):
     name = layout.step_name(step)
@@ -35,6 +36,7 @@ def test_nonces_are_plain(nonce):
         layout.temporary_name(1, nonce)
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=1), st.integers(0, 10**6))
 def test_expert_names_are_invertible(key, index):
     assert layout.split_expert(layout.expert_name(key, index)) == (key, index)

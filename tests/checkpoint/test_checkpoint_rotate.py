@@ -1,7 +1,7 @@
 import os
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megamf.checkpoint import list_steps, rotate, sweep, verify
@@ -11,6 +11,7 @@ from megamf.checkpoint.rotate import steps_to_delete
 STEPS = st.sets(st.integers(0, 60), min_size=1, max_size=20)
 
 
+@settings(deadline=None, derandomize=True)
 @given(STEPS, st.integers(0, 6), st.integers(0, 10), st.data())
 def test_rotation_keeps_what_the_rules_name_and_nothing_else(steps, keep, keep_every, data):
     current = data.draw(st.sampled_from(sorted(steps)))
@@ -21,6 +22,7 @@ def test_rotation_keeps_what_the_rules_name_and_nothing_else(steps, keep, keep_e
         assert (step in deleted) is not stays
 
 
+@settings(deadline=None, derandomize=True)
 @given(STEPS, st.integers(1, 6), st.integers(0, 10))
 def test_rotating_twice_deletes_nothing_more(steps, keep, keep_every):
     current = max(steps)

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import pickle
 import random
 import shutil
 
@@ -115,6 +116,31 @@ def test_a_manifest_cannot_point_outside(tmp_path, write_step, name):
     assert [problem.file for problem in verify(path)] == ["manifest.json"]
     with pytest.raises(DamagedCheckpoint, match="plain name"):
         Checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tree: tree.update(version=2), "format version 2, this megamf reads version 1"),
+        (lambda tree: tree.update(surprise=1), "surprise"),
+        (lambda tree: tree.pop("step"), "step: Field required"),
+    ],
+)
+def test_a_manifest_that_is_not_understood_says_why(write_step, change, message):
+    path = write_step(5)
+    reseal(path, change)
+    with pytest.raises(DamagedCheckpoint, match=message):
+        Checkpoint(path)
+    assert verify(path)[0].file == "manifest.json"
+
+
+def test_the_error_travels_between_processes(write_step):
+    path = write_step(5)
+    (path / "state.json").unlink()
+    with pytest.raises(DamagedCheckpoint) as caught:
+        Checkpoint(path)
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert (str(copy), copy.file, copy.path) == (str(caught.value), "state.json", path)
 
 
 def test_a_link_in_place_of_a_file_is_refused(tmp_path, write_step):

@@ -1,8 +1,9 @@
 import json
+import multiprocessing
 import os
 import random
+import resource
 import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,10 +14,24 @@ import torch
 from checkpoint_samples import MODULES, training_state
 from safetensors import safe_open
 
-from megamf.checkpoint import Checkpoint, abort, begin, finish, latest, list_steps, save, sweep, verify, write_rank
+from megamf.checkpoint import (
+    Checkpoint,
+    abort,
+    begin,
+    finish,
+    latest,
+    list_steps,
+    rotate,
+    save,
+    sweep,
+    verify,
+    write_rank,
+)
 from megamf.checkpoint import write as write_module
 from megamf.errors import UserError
 
+# Children start at once, with everything imported; they run no parallel torch operation.
+FORK = multiprocessing.get_context("fork")
 META = {"state": {"step": 7}, "modules": MODULES, "model": {"n_layer": 2}}
 
 
@@ -282,23 +297,25 @@ def test_too_little_free_space_is_told_ahead(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path)) == ["latest", "step-00000003"]
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
+def save_with_small_file_limit(root, tensors, reply):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+    try:
+        save(root, 4, iter(tensors.items()), {}, [], {}, run_id="r")
+    except UserError as error:
+        reply.send(str(error))
+
+
+def test_a_write_that_fails_half_way_leaves_the_previous_checkpoint(tmp_path):
     save(tmp_path, 3, training_state(), run_id="r", **META)
-    program = f"""
-import resource, sys, torch
-from megamf.checkpoint import save
-from megamf.errors import UserError
-resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-stream = ((f"weights/w{{i}}", torch.ones(1 << 17)) for i in range(4))
-try:
-    save({str(tmp_path)!r}, 4, stream, {{}}, [], {{}}, run_id="r")
-except UserError as error:
-    sys.exit(str(error))
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    assert "File too large" in done.stderr and "bytes needed: 2,097,152" in done.stderr and "free: " in done.stderr
-    assert ".tmp-step-00000004" in done.stderr
+    answer, reply = FORK.Pipe(duplex=False)
+    tensors = {f"weights/w{i}": torch.ones(1 << 17) for i in range(4)}
+    child = FORK.Process(target=save_with_small_file_limit, args=(tmp_path, tensors, reply), daemon=True)
+    child.start()
+    assert answer.poll(60)
+    message = answer.recv()
+    child.join()
+    assert "File too large" in message and "bytes needed: 2,097,152" in message and "free: " in message
+    assert ".tmp-step-00000004" in message
     assert sorted(os.listdir(tmp_path)) == ["latest", "step-00000003"]
     assert verify(tmp_path / "step-00000003") == []
 
@@ -362,34 +379,27 @@ def test_failing_small_files_leave_the_previous_checkpoint(tmp_path, monkeypatch
     assert not any(name.startswith(".") for name in os.listdir(tmp_path))
 
 
-WRITER = """
-import sys, torch
-sys.path.insert(0, {here!r})
-from checkpoint_samples import MODULES, training_state
-from megamf.checkpoint import latest, rotate, save, sweep
-root = {root!r}
-sweep(root)
-for turn in range(10_000):
-    if turn == 1:
-        print("up", flush=True)
-    step = 1 + turn % 3
-    save(root, step, training_state(turn), {{"turn": turn}}, MODULES, {{}}, run_id="r", max_file_bytes=1500)
-    rotate(root, 2)
-"""
+def save_until_killed(root, states, reply):
+    sweep(root)
+    for turn in range(100_000):
+        if turn == 1:
+            reply.send("up")
+        save(root, 1 + turn % 3, states[turn % len(states)], run_id="r", max_file_bytes=1500, **META)
+        rotate(root, 2)
 
 
 def test_kill_at_any_moment_leaves_latest_valid(tmp_path):
     root = tmp_path / "checkpoints"
+    states = [training_state(seed) for seed in range(4)]
     rng = random.Random(0)
-    here = str(Path(__file__).parent)
-    for attempt in range(4):
-        program = WRITER.format(here=here, root=str(root))
-        writer = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
-        assert writer.stdout.readline() == b"up\n"
-        time.sleep(0.3 * rng.random())
+    for attempt in range(8):
+        answer, reply = FORK.Pipe(duplex=False)
+        writer = FORK.Process(target=save_until_killed, args=(root, states, reply), daemon=True)
+        writer.start()
+        assert answer.poll(60)
+        time.sleep(0.2 * rng.random())
         writer.kill()
-        writer.wait()
-        writer.stdout.close()
+        writer.join()
         for step in list_steps(root):
             assert verify(root / f"step-{step:08d}") == []
         sweep(root)
