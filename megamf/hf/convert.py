@@ -1,13 +1,18 @@
 """Export to and import from the public ModuleFormer layout, one tensor at a time, every tensor exactly once."""
 
+import importlib
 import json
 import os
 import shutil
+import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -170,11 +175,8 @@ def max_logit_difference(checkpoint: Path | str, folder: Path | str, tokens: int
     The checkpoint runs in megamf, rounded to the folder's dtype first; the folder in its own modelling file. The
     input is one batch of two rows of random tokens, one of them padded on the left.
     """
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-    # The Auto classes would prefer megamf's own classes where `megamf.hf` was imported.
-    portable = get_class_from_dynamic_module(AUTO_MAP["AutoModelForCausalLM"], str(folder))
-    exported = portable.from_pretrained(folder, dtype="auto")
+    with _classes_of(Path(folder)) as module:
+        exported = getattr(module, ARCHITECTURE).from_pretrained(folder, dtype="auto")
     stored = exported.dtype
     exported = exported.float().eval()
     model, config = load_model(checkpoint, stored)
@@ -186,6 +188,28 @@ def max_logit_difference(checkpoint: Path | str, folder: Path | str, tokens: int
         theirs = exported(input_ids=input_BT, attention_mask=mask_BT).logits
         ours = model.logits(model(input_BT, key_mask_BS=mask_BT.bool()).hidden_BTD)
     return (ours - theirs).abs().max().item()
+
+
+@contextmanager
+def _classes_of(folder: Path) -> Iterator[ModuleType]:
+    """The modelling file of an export, imported from a copy under a name of its own.
+
+    The Auto classes would prefer megamf's own classes, and they keep copies in the user's cache.
+    """
+    name = f"export_{uuid.uuid4().hex}"
+    with tempfile.TemporaryDirectory() as place:
+        package = Path(place) / name
+        package.mkdir()
+        (package / "__init__.py").touch()
+        for file in PORTABLE:
+            shutil.copyfile(folder / file, package / file)
+        sys.path.insert(0, place)
+        try:
+            yield importlib.import_module(f"{name}.{PORTABLE[1].removesuffix('.py')}")
+        finally:
+            sys.path.remove(place)
+            for loaded in [key for key in sys.modules if key.split(".")[0] == name]:
+                del sys.modules[loaded]
 
 
 def _aux_loss(state: dict[str, Any]) -> dict[str, Any]:
