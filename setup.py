@@ -1,7 +1,7 @@
 """Builds `megamf`: the Python package, the top-level rooms mapped into it, and the extension `megamf._C`.
 
-The C++ sources of csrc/cpu are always built, for the CPU of this machine; the CUDA sources of csrc/cuda when there are any,
-torch has CUDA and nvcc is found. Environment variables:
+The C++ sources of csrc/cpu are always built, for the CPU of this machine; the CUDA sources of csrc/cuda when there are
+any, torch has CUDA and nvcc is found. Environment variables:
 
 MEGAMF_CUDA   0: never build the CUDA sources; 1: it is an error if they cannot be built
 MEGAMF_MARCH  the `-march=` of the C++ sources (default `native`; `x86-64-v3` runs on any CPU with AVX2)
@@ -17,8 +17,8 @@ from setuptools import Command, Extension, find_packages, setup
 MAPPED = {"megamf.kernels": "kernels", "megamf.tools": "tools", "megamf.ds_configs": "ds_configs"}
 
 NO_TORCH = (
-    "megamf builds against the installed torch, and torch cannot be imported here ({error}). Install torch >= 2.11 first, "
-    "then run `pip install --no-build-isolation .` (pip hides the installed torch from the build without that option)."
+    "megamf builds against the installed torch, and torch cannot be imported here ({error}). Install torch >= 2.11 "
+    "first, then run `pip install --no-build-isolation .` (without that option pip hides the installed torch)."
 )
 
 

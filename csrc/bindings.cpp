@@ -9,9 +9,9 @@
 TORCH_LIBRARY(megamf, m) {
   m.def(
       "stickbreaking_attention(Tensor q_BHTC, Tensor k_BGSC, Tensor v_BGSC, Tensor? start_BT, Tensor? key_mask_BS, float scale, "
-      "float stop) -> (Tensor, Tensor)");
+      "float stop) -> Tensor");
   m.def(
-      "stickbreaking_attention_backward(Tensor grad_o_BHTC, Tensor q_BHTC, Tensor k_BGSC, Tensor v_BGSC, Tensor o_BHTC, "
+      "stickbreaking_attention_backward(Tensor grad_o_BHTC, Tensor q_BHTC, Tensor k_BGSC, Tensor v_BGSC, "
       "Tensor? start_BT, Tensor? key_mask_BS, float scale, float stop) -> (Tensor, Tensor, Tensor)");
   m.def(
       "stickbreaking_decode(Tensor q_BHC, Tensor k_BGSC, Tensor v_BGSC, Tensor? start_B, Tensor? key_mask_BS, float scale, "

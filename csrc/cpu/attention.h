@@ -15,16 +15,13 @@
 
 namespace megamf {
 
-std::tuple<at::Tensor, at::Tensor> stickbreaking_attention_cpu(const at::Tensor& q_BHTC, const at::Tensor& k_BGSC,
-                                                               const at::Tensor& v_BGSC,
-                                                               const std::optional<at::Tensor>& start_BT,
-                                                               const std::optional<at::Tensor>& key_mask_BS, double scale,
-                                                               double stop);
+at::Tensor stickbreaking_attention_cpu(const at::Tensor& q_BHTC, const at::Tensor& k_BGSC, const at::Tensor& v_BGSC,
+                                       const std::optional<at::Tensor>& start_BT, const std::optional<at::Tensor>& key_mask_BS,
+                                       double scale, double stop);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> stickbreaking_attention_backward_cpu(
     const at::Tensor& grad_o_BHTC, const at::Tensor& q_BHTC, const at::Tensor& k_BGSC, const at::Tensor& v_BGSC,
-    const at::Tensor& o_BHTC, const std::optional<at::Tensor>& start_BT, const std::optional<at::Tensor>& key_mask_BS,
-    double scale, double stop);
+    const std::optional<at::Tensor>& start_BT, const std::optional<at::Tensor>& key_mask_BS, double scale, double stop);
 
 // Raises unless the shapes, types and layouts fit together.
 void check_attention(const at::Tensor& q_BHTC, const at::Tensor& k_BGSC, const at::Tensor& v_BGSC);
@@ -51,6 +48,7 @@ inline int64_t fold(int64_t n, int64_t count) { return n % 2 == 0 ? n / 2 : coun
 template <class T>
 struct QueryTile {
   int64_t b, t0, queries;
+  int64_t lanes;       // queries, rounded up to whole vectors
   int64_t newest_end;  // one past the newest key of any live query
   int64_t oldest;      // oldest key of any live query
   int64_t common_first, common_end;  // keys in [common_first, common_end) are seen by all lanes, unless masked
@@ -58,6 +56,7 @@ struct QueryTile {
 
   QueryTile(const Visibility& vis, int64_t ib, int64_t tile, Rows<T>& rows) : b(ib), t0(tile * kTileQueries) {
     queries = std::min(kTileQueries, vis.T - t0);
+    lanes = padded<T>(queries);
     newest_end = 0;
     oldest = vis.S;
     common_first = 0;
@@ -67,7 +66,7 @@ struct QueryTile {
       const bool lane = i < queries && vis.query_live_BT[b * vis.T + t0 + i];
       rows.stick[i] = lane ? 1 : 0;
       rows.tail[i] = 0;
-      rows.rest[i] = 0;
+      rows.prefix[i] = 0;
       if (!lane) {  // sees nothing
         rows.first[i] = 1;
         rows.last[i] = 0;

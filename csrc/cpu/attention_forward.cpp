@@ -12,48 +12,42 @@ namespace {
 
 template <class In>
 void forward(const at::Tensor& q_BHTC, const at::Tensor& k_BGSC, const at::Tensor& v_BGSC, const Visibility& vis, Acc<In> scale,
-             Acc<In> stop, at::Tensor& o_BHTC, at::Tensor& exact_o_BHTC) {
+             Acc<In> stop, at::Tensor& o_BHTC) {
   using T = Acc<In>;
   const Shape s = shape_of(q_BHTC, k_BGSC);
   const int64_t width = padded<T>(s.C), pitch = spread<T>(s.C), tiles = s.query_tiles();
   const bool clean = !vis.any_dead_key();
   const Rows4<T> keys = stage<In>(k_BGSC, vis.key_live_BS.data(), clean);
   const Rows4<T> values = same_rows(k_BGSC, v_BGSC) ? keys : stage<In>(v_BGSC, vis.key_live_BS.data(), clean);
-  const bool keep_exact = exact_o_BHTC.numel() > 0;
 
   at::parallel_for(0, s.B * s.H * tiles, 1, [&](int64_t begin, int64_t end) {
-    std::vector<T> q(kTileQueries * pitch), qt(width * kTileQueries), o(kTileQueries * pitch), a(kTileKeys * kTileQueries);
+    const Buffer<T> q(kTileQueries * pitch), qt(width * kTileQueries), o(kTileQueries * pitch), a(kTileKeys * kTileQueries);
     Rows<T> rows;
     for (int64_t n = begin; n < end; ++n) {
       const int64_t h = n / tiles % s.H, b = n / tiles / s.H, g = h % s.G;
       const QueryTile<T> tile(vis, b, fold(n % tiles, tiles), rows);
-      std::fill(o.begin(), o.end(), T(0));
+      std::fill_n(o.get(), kTileQueries * pitch, T(0));
       if (tile.live) {
-        read_queries<In, T>(q_BHTC, vis, tile, h, scale, q.data(), pitch, width);
-        transpose_tile(q.data(), pitch, width, qt.data());
+        read_queries<In, T>(q_BHTC, vis, tile, h, scale, q.get(), pitch, width);
+        transpose_tile(q.get(), pitch, width, qt.get());
       }
       for (int64_t end_key = tile.newest_end; tile.live && end_key > tile.oldest && !exhausted<T>(rows, stop);) {
         const int64_t k0 = std::max(tile.oldest, end_key - kTileKeys), count = end_key - k0;
         const bool square = tile.square(vis, k0, count);
-        gemm(false, square ? Part::kUpperC : Part::kAll, count, kTileQueries, width, keys.row(b, g, k0), keys.s, 1, qt.data(),
-             kTileQueries, a.data(), kTileQueries);
+        gemm(false, square ? Part::kUpperC : Part::kAll, count, tile.lanes, width, keys.row(b, g, k0), keys.s, 1, qt.get(),
+             kTileQueries, a.get(), kTileQueries);
         if (tile.full(vis, k0, count))
-          stick_forward<T, false>(a.data(), count, k0, nullptr, rows);
+          walk_down<T, false, false>(a.get(), nullptr, tile.lanes, count, k0, nullptr, rows);
         else
-          stick_forward<T, true>(a.data(), count, k0, vis.key_live_BS.data() + b * s.S + k0, rows);
-        gemm(true, square ? Part::kLowerA : Part::kAll, kTileQueries, width, count, a.data(), 1, kTileQueries,
-             values.row(b, g, k0), values.s, o.data(), pitch);
+          walk_down<T, true, false>(a.get(), nullptr, tile.lanes, count, k0, vis.key_live_BS.data() + b * s.S + k0, rows);
+        gemm(true, square ? Part::kLowerA : Part::kAll, tile.queries, width, count, a.get(), 1, kTileQueries,
+             values.row(b, g, k0), values.s, o.get(), pitch);
         end_key = k0;
       }
       for (int64_t i = 0; i < tile.queries; ++i) {
         const int64_t t = tile.t0 + i;
-        write_row(o.data() + i * pitch,
+        write_row(o.get() + i * pitch,
                   o_BHTC.mutable_data_ptr<In>() + b * o_BHTC.stride(0) + h * o_BHTC.stride(1) + t * o_BHTC.stride(2), s.C, T(1));
-        if (keep_exact)
-          write_row(o.data() + i * pitch,
-                    exact_o_BHTC.mutable_data_ptr<T>() + b * exact_o_BHTC.stride(0) + h * exact_o_BHTC.stride(1) +
-                        t * exact_o_BHTC.stride(2),
-                    s.C, T(1));
       }
     }
   });
@@ -77,21 +71,16 @@ void check_attention(const at::Tensor& q_BHTC, const at::Tensor& k_BGSC, const a
   }
 }
 
-std::tuple<at::Tensor, at::Tensor> stickbreaking_attention_cpu(const at::Tensor& q_BHTC, const at::Tensor& k_BGSC,
-                                                               const at::Tensor& v_BGSC,
-                                                               const std::optional<at::Tensor>& start_BT,
-                                                               const std::optional<at::Tensor>& key_mask_BS, double scale,
-                                                               double stop) {
+at::Tensor stickbreaking_attention_cpu(const at::Tensor& q_BHTC, const at::Tensor& k_BGSC, const at::Tensor& v_BGSC,
+                                       const std::optional<at::Tensor>& start_BT, const std::optional<at::Tensor>& key_mask_BS,
+                                       double scale, double stop) {
   check_attention(q_BHTC, k_BGSC, v_BGSC);
   const Visibility vis = visibility(q_BHTC.size(0), q_BHTC.size(2), k_BGSC.size(2), start_BT, key_mask_BS);
   at::Tensor o_BHTC = at::empty_like(q_BHTC);
-  const bool low = q_BHTC.scalar_type() == at::kBFloat16;
-  at::Tensor exact_o_BHTC = low ? at::empty_like(q_BHTC, q_BHTC.options().dtype(at::kFloat)) : at::empty({0}, q_BHTC.options());
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, q_BHTC.scalar_type(), "stickbreaking_attention", [&] {
-    forward<scalar_t>(q_BHTC, k_BGSC, v_BGSC, vis, static_cast<Acc<scalar_t>>(scale), static_cast<Acc<scalar_t>>(stop), o_BHTC,
-                      exact_o_BHTC);
+    forward<scalar_t>(q_BHTC, k_BGSC, v_BGSC, vis, static_cast<Acc<scalar_t>>(scale), static_cast<Acc<scalar_t>>(stop), o_BHTC);
   });
-  return {o_BHTC, exact_o_BHTC};
+  return o_BHTC;
 }
 
 }  // namespace megamf

@@ -21,7 +21,7 @@ MEGAMF_INLINE void micro(const T* a, int64_t a_row, int64_t a_depth, const T* b,
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) acc[r][v] = kAdd ? load(c + r * ldc + v * kLanes<T>) : Vec<T>{};
+    for (int v = 0; v < kVecs; ++v) acc[r][v] = Vec<T>{};
   }
   for (int64_t d = 0; d < depth; ++d) {
     Vec<T> row[kVecs];
@@ -39,7 +39,11 @@ MEGAMF_INLINE void micro(const T* a, int64_t a_row, int64_t a_depth, const T* b,
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) store(c + r * ldc + v * kLanes<T>, acc[r][v]);
+    for (int v = 0; v < kVecs; ++v) {
+      T* cell = c + r * ldc + v * kLanes<T>;
+      // Block sums first: over thousands of keys one running sum would lose ten times as much to rounding.
+      store(cell, kAdd ? load(cell) + acc[r][v] : acc[r][v]);
+    }
   }
 }
 

@@ -6,11 +6,27 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
+#include <memory>
+#include <new>
 #include <type_traits>
 
 #include "vec.h"
 
 namespace megamf {
+
+// Scratch memory of one thread, on a cache line, not initialised.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) : data_(new (std::align_val_t(64)) T[size]) {}
+  T* get() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { ::operator delete[](p, std::align_val_t(64)); }
+  };
+  std::unique_ptr<T[], Free> data_;
+};
 
 // bfloat16 is computed in float.
 template <class In>

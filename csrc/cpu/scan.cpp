@@ -24,7 +24,7 @@ struct RowTile {
     for (int64_t i = 0; i < kTileQueries; ++i) {
       state.stick[i] = i < rows ? 1 : 0;
       state.tail[i] = 0;
-      state.rest[i] = 0;
+      state.prefix[i] = 0;
       const int64_t last = i < rows ? S - T_ + (x0 + i) % T_ : -1;
       const int64_t first = i < rows ? (start ? std::clamp<int64_t>(start[x0 + i], 0, S) : 0) : 1;
       state.first[i] = static_cast<LaneInt<T>>(first);
@@ -52,42 +52,29 @@ template <class In>
 void scan(const In* logits, const In* grad, int64_t total, int64_t T_, int64_t S, const int64_t* start, In* out) {
   using T = Acc<In>;
   at::parallel_for(0, (total + kTileQueries - 1) / kTileQueries, 1, [&](int64_t begin, int64_t end) {
-    std::vector<T> a(kTileKeys * kTileQueries), l(kTileKeys * kTileQueries);
+    // The walk up needs the whole strip; the forward pass one tile.
+    const int64_t strip = grad ? S + kTileKeys : kTileKeys;
+    const Buffer<T> weights(strip * kTileQueries), shares(strip * kTileQueries), grad_l(kTileKeys * kTileQueries);
     Rows<T> state;
     for (int64_t n = begin; n < end; ++n) {
       const int64_t x0 = n * kTileQueries;
       const RowTile<T> tile(x0, total, T_, S, start, state);
-      const In* rows_in = logits + x0 * S;
-      const In* rows_grad = grad ? grad + x0 * S : nullptr;
-      In* rows_out = out + x0 * S;
-      std::fill(rows_out, rows_out + tile.rows * S, In(0));
-      // Pass 0 sums weight * gradient over the row (the D of stick.h); pass 1 writes.
-      for (int pass = grad ? 0 : 1; pass < 2; ++pass) {
-        std::vector<T> total_D(kTileQueries);
-        for (int64_t end_key = tile.newest_end; end_key > tile.oldest;) {
-          const int64_t k0 = std::max(tile.oldest, end_key - kTileKeys), keys = end_key - k0;
-          gather(rows_in, S, tile.rows, k0, keys, a.data());
-          if (grad) gather(rows_grad, S, tile.rows, k0, keys, l.data());
-          if (pass == 1 && grad) {
-            stick_backward<T, true>(a.data(), l.data(), keys, k0, nullptr, state);
-            scatter(l.data(), S, tile.rows, k0, keys, rows_out);
-          } else {
-            stick_forward<T, true>(a.data(), keys, k0, nullptr, state);
-            if (pass == 1) scatter(a.data(), S, tile.rows, k0, keys, rows_out);
-            for (int64_t j = keys - 1; pass == 0 && j >= 0; --j)
-              for (int64_t i = 0; i < kTileQueries; ++i) {
-                const bool seen = k0 + j >= state.first[i] && k0 + j <= state.last[i];
-                total_D[i] += seen ? a[j * kTileQueries + i] * l[j * kTileQueries + i] : T(0);
-              }
-          }
-          end_key = k0;
-        }
-        if (pass == 0)
-          for (int64_t i = 0; i < kTileQueries; ++i) {
-            state.stick[i] = i < tile.rows ? 1 : 0;
-            state.tail[i] = 0;
-            state.rest[i] = total_D[i];
-          }
+      std::fill_n(out + x0 * S, tile.rows * S, In(0));
+      int64_t last = tile.newest_end, steps = 0;
+      for (; last > tile.oldest; ++steps) {
+        const int64_t k0 = std::max(tile.oldest, last - kTileKeys), at = grad ? steps * kTileKeys * kTileQueries : 0;
+        T* a = weights.get() + at;
+        gather(logits + x0 * S, S, tile.rows, k0, last - k0, a);
+        walk_down<T, true, true>(a, shares.get() + at, kTileQueries, last - k0, k0, nullptr, state);
+        if (!grad) scatter(a, S, tile.rows, k0, last - k0, out + x0 * S);
+        last = k0;
+      }
+      for (; grad && steps > 0; --steps) {
+        const int64_t k0 = last, at = (steps - 1) * kTileKeys * kTileQueries;
+        last = tile.newest_end - (steps - 1) * kTileKeys;
+        gather(grad + x0 * S, S, tile.rows, k0, last - k0, grad_l.get());
+        walk_up(weights.get() + at, shares.get() + at, grad_l.get(), kTileQueries, last - k0, state);
+        scatter(grad_l.get(), S, tile.rows, k0, last - k0, out + x0 * S);
       }
     }
   });

@@ -6,10 +6,9 @@
 // thousands of tiny z neither vanish nor drift: relative error of a few ulp at any length, and one exponential an
 // element. (A running fp32 sum of log(1 - z), exponentiated, is off by ulp(|sum|) and costs two more transcendentals.)
 //
-// Gradient: with g_j = dO.v_j, t_j = A_j g_j and D = sum_m t_m = dO.o,
-//   dl_j = t_j - z_j * sum_{m<=j} t_m,   sum_{m<=j} t_m = D - sum_{m>j} t_m,
-// so the same walk serves; what remains of D is a difference and carries noise of ulp(D). It is multiplied by z, and z
-// sums to at most -log(floor) over keys whose stick is above `floor`, so taking it as zero below keeps the noise bounded.
+// Gradient: with g_j = dO.v_j and t_j = A_j g_j,  dl_j = (1 - z_j) t_j - z_j * sum_{m<j} t_m.  The prefix sum runs from the oldest key
+// up, so the walk down keeps the weights and shares of a strip of keys x 64 queries, and a walk up finishes. (The
+// prefix as a difference, dO.o minus the newer terms, would need no strip, and costs a factor of 5 to 50 in accuracy.)
 #pragma once
 
 #include "vec.h"
@@ -19,22 +18,20 @@ namespace megamf {
 constexpr int64_t kTileQueries = 64;
 constexpr int64_t kTileKeys = 64;
 
-template <class T>
-constexpr T kStickFloor = sizeof(T) == 4 ? T(1.0 / (1 << 30)) : T(1.0 / (1ll << 60));
-
 // State of the queries of one tile column. Query i sees the keys first[i] <= j <= last[i].
 template <class T>
 struct alignas(64) Rows {
   T stick[kTileQueries];
   T tail[kTileQueries];
-  T rest[kTileQueries];  // backward: D minus the terms of the keys already passed
+  T prefix[kTileQueries];  // backward: sum of t over the keys already passed on the way up
   LaneInt<T> first[kTileQueries];
   LaneInt<T> last[kTileQueries];
 };
 
 template <class T>
 struct Break {
-  Vec<T> weight, z, stick_before;
+  Vec<T> weight;
+  Vec<T> share;  // z when z <= 1/2, else -(1 - z): both exact to an ulp; 0 exactly when the key is not seen
 };
 
 // One key for kLanes queries: breaks the stick.
@@ -51,8 +48,7 @@ MEGAMF_INLINE Break<T> break_stick(Vec<T> logit, bool masked, IntVec<T> seen, Ve
   // For w >= 1/2 the subtraction is exact and yields what rounding took from w; for smaller w the error is relative.
   const Vec<T> w_low = w >= half ? (one - w) - z : zero;
   Break<T> out;
-  out.z = z;
-  out.stick_before = stick;
+  out.share = w < half ? zero - w : z;
   out.weight = (stick + tail) * z;
   const Vec<T> next = stick * w;
   Vec<T> error = fma(stick, w, zero - next);
@@ -69,56 +65,50 @@ MEGAMF_INLINE IntVec<T> seen_lanes(int64_t key, const uint8_t* key_ok, int64_t j
   return (at >= first) & (at <= last) & ok;
 }
 
-// tile[j, i]: logits in, weights out; row j is key k0 + j; key_ok[j] (may be null) is false for masked keys.
-template <class T, bool kMasked>
-void stick_forward(T* tile, int64_t keys, int64_t k0, const uint8_t* key_ok, Rows<T>& rows) {
-  for (int64_t i = 0; i < kTileQueries; i += kLanes<T>) {
+// tile[j, i], i < lanes: logits in, weights out; row j is key k0 + j; key_ok[j] (may be null) is false for masked keys.
+// kShares: the shares, as in Break, go to share[j, i].
+template <class T, bool kMasked, bool kShares>
+void walk_down(T* tile, T* share, int64_t lanes, int64_t keys, int64_t k0, const uint8_t* key_ok, Rows<T>& rows) {
+  for (int64_t i = 0; i < lanes; i += kLanes<T>) {
     Vec<T> stick = load(rows.stick + i), tail = load(rows.tail + i);
     const IntVec<T> first = load_int<T>(rows.first + i), last = load_int<T>(rows.last + i);
     for (int64_t j = keys - 1; j >= 0; --j) {
-      T* cell = tile + j * kTileQueries + i;
+      const int64_t at = j * kTileQueries + i;
       IntVec<T> seen{};
       if (kMasked) seen = seen_lanes<T>(k0 + j, key_ok, j, first, last);
-      store(cell, break_stick<T>(load(cell), kMasked, seen, stick, tail).weight);
+      const Break<T> b = break_stick<T>(load(tile + at), kMasked, seen, stick, tail);
+      store(tile + at, b.weight);
+      if (kShares) store(share + at, b.share);
     }
     store(rows.stick + i, stick);
     store(rows.tail + i, tail);
   }
 }
 
-// tile: logits in, weights out; grad: dO.v in, gradient of the logits out.
-template <class T, bool kMasked>
-void stick_backward(T* tile, T* grad, int64_t keys, int64_t k0, const uint8_t* key_ok, Rows<T>& rows) {
-  const Vec<T> zero{}, floor = splat<T>(kStickFloor<T>);
-  for (int64_t i = 0; i < kTileQueries; i += kLanes<T>) {
-    Vec<T> stick = load(rows.stick + i), tail = load(rows.tail + i), rest = load(rows.rest + i);
-    const IntVec<T> first = load_int<T>(rows.first + i), last = load_int<T>(rows.last + i);
-    for (int64_t j = keys - 1; j >= 0; --j) {
-      T* cell = tile + j * kTileQueries + i;
-      T* grad_cell = grad + j * kTileQueries + i;
-      IntVec<T> seen{};
-      if (kMasked) seen = seen_lanes<T>(k0 + j, key_ok, j, first, last);
-      const Break<T> b = break_stick<T>(load(cell), kMasked, seen, stick, tail);
-      Vec<T> term = b.weight * load(grad_cell);
-      // Unseen lanes may hold anything, NaN included: 0 * NaN must not enter.
-      if (kMasked) term = seen ? term : zero;
-      const Vec<T> older = b.stick_before < floor ? zero : rest;
-      store(cell, b.weight);
-      store(grad_cell, fma(zero - b.z, older, term));
-      rest -= term;
+// grad: dO.v in, gradient of the logits out. Unseen cells may hold anything, NaN included.
+template <class T>
+void walk_up(const T* weight, const T* share, T* grad, int64_t lanes, int64_t keys, Rows<T>& rows) {
+  const Vec<T> zero{}, one = splat<T>(1);
+  for (int64_t i = 0; i < lanes; i += kLanes<T>) {
+    Vec<T> prefix = load(rows.prefix + i);
+    for (int64_t j = 0; j < keys; ++j) {
+      const int64_t at = j * kTileQueries + i;
+      const Vec<T> s = load(share + at), term = s != zero ? load(weight + at) * load(grad + at) : zero;
+      const Vec<T> small = s < zero ? zero - s : s, large = one - small;
+      const Vec<T> z = s < zero ? large : small, w = s < zero ? small : large;
+      store(grad + at, fma(zero - z, prefix, w * term));
+      prefix += term;
     }
-    store(rows.stick + i, stick);
-    store(rows.tail + i, tail);
-    store(rows.rest + i, rest);
+    store(rows.prefix + i, prefix);
   }
 }
 
 // Whether every stick of the tile is used up to `stop` (0: never).
 template <class T>
 bool exhausted(const Rows<T>& rows, T stop) {
-  T longest = 0;
-  for (int64_t i = 0; i < kTileQueries; ++i) longest = rows.stick[i] > longest || rows.stick[i] != rows.stick[i] ? rows.stick[i] : longest;
-  return longest < stop;
+  for (int64_t i = 0; i < kTileQueries; ++i)
+    if (!(rows.stick[i] < stop)) return false;  // a NaN is never used up
+  return true;
 }
 
 }  // namespace megamf

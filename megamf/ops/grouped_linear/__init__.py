@@ -19,10 +19,11 @@ def grouped_linear(
     """y_RF: the next count_L[e] rows of x_RD times w_LDF[e], for every e in order; differentiable in x and w.
 
     x_RD, w_LDF: one floating dtype. count_L: int64 [L], sum R; zeros, and R = 0, are fine.
-    backend: "torch" is torch's grouped GEMM where it applies (`grouped_gemm_fits`) and the loop of `naive.py` elsewhere, a
-        rule logged once a case: the loop makes the same products, one expert at a time. "naive" is the loop always. "auto" is
-        "torch": on a CPU the grouped GEMM of torch 2.13 is itself a loop of matrix products and takes the time of
-        ours, forward and backward, within the spread of measurement; on a GPU it is one kernel without a sync.
+    backend: "torch" is torch's grouped GEMM where it applies (`grouped_gemm_fits`) and the loop of `naive.py`
+        elsewhere, a rule logged once a case: the loop makes the same products, one expert at a time. "naive" is the
+        loop always. "auto" is "torch": on a CPU the grouped GEMM of torch 2.13 is itself a loop of matrix products
+        and takes the time of ours, forward and backward, within the spread of measurement; on a GPU it is one kernel
+        without a sync.
 
     Raises ValueError for shapes or types that do not fit.
     """
@@ -55,18 +56,19 @@ def grouped_gemm_fits(x_RD: torch.Tensor, w_LDF: torch.Tensor) -> bool:
 def _check(x_RD: torch.Tensor, w_LDF: torch.Tensor, count_L: torch.Tensor) -> None:
     if x_RD.dim() != 2 or w_LDF.dim() != 3 or x_RD.shape[1] != w_LDF.shape[1] or count_L.shape != w_LDF.shape[:1]:
         raise ValueError(
-            f"grouped_linear: got x {tuple(x_RD.shape)}, w {tuple(w_LDF.shape)}, count {tuple(count_L.shape)}, expected "
-            "[R, D], [L, D, F] and [L]"
+            f"grouped_linear: got x {tuple(x_RD.shape)}, w {tuple(w_LDF.shape)}, count {tuple(count_L.shape)}, "
+            "expected [R, D], [L, D, F] and [L]"
         )
     if x_RD.dtype != w_LDF.dtype or count_L.dtype != torch.int64:
         raise ValueError(
-            f"grouped_linear: got x {x_RD.dtype}, w {w_LDF.dtype}, count {count_L.dtype}, expected one dtype for x and w "
-            "and torch.int64 for count"
+            f"grouped_linear: got x {x_RD.dtype}, w {w_LDF.dtype}, count {count_L.dtype}, expected one dtype for x "
+            "and w and torch.int64 for count"
         )
     # Reading the counts of a GPU would stop its queue.
     if count_L.device.type == "cpu" and not torch.compiler.is_compiling():
         total, smallest = int(count_L.sum()), int(count_L.min()) if count_L.numel() else 0
         if total != x_RD.shape[0] or smallest < 0:
             raise ValueError(
-                f"grouped_linear: the counts sum to {total} (smallest {smallest}), expected the {x_RD.shape[0]} rows of x"
+                f"grouped_linear: the counts sum to {total} (smallest {smallest}), expected the {x_RD.shape[0]} rows "
+                "of x"
             )

@@ -19,7 +19,7 @@ IMPLEMENTATIONS = {"csrc": frozenset({"cpu"}), "naive": frozenset[str]()}
 
 
 class Sorted(NamedTuple):
-    """int64 tensors: order_R[r] = n*K+k of the r-th row in expert order; inverse_R[order_R[r]] = r; count_E rows an expert."""
+    """int64 tensors: order_R[r] = n*K+k of the r-th row in expert order; inverse_R[order_R[r]] = r; rows an expert."""
 
     order_R: torch.Tensor
     inverse_R: torch.Tensor
@@ -41,14 +41,14 @@ def sort_by_expert(expert_NK: torch.Tensor, num_experts: int, *, backend: str = 
 def permute(
     x_ND: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor, top_k: int, *, backend: str = "auto"
 ) -> torch.Tensor:
-    """x_RD[r] = x_ND[order_R[r] // top_k]; the gradient sums the top_k copies of a token in float32 (float64 for float64).
+    """x_RD[r] = x_ND[order_R[r] // top_k]; the gradient sums the copies of a token in float32 (float64 for float64).
 
     Raises ValueError when the shapes do not fit, IndexError (csrc) for an index out of range.
     """
     if x_ND.dim() != 2 or not order_R.shape == inverse_R.shape == (x_ND.shape[0] * top_k,):
         raise ValueError(
-            f"permute: got x {tuple(x_ND.shape)}, order {tuple(order_R.shape)}, inverse {tuple(inverse_R.shape)}, top_k "
-            f"{top_k}, expected [N, D] and twice [N * top_k]"
+            f"permute: got x {tuple(x_ND.shape)}, order {tuple(order_R.shape)}, inverse {tuple(inverse_R.shape)}, "
+            f"top_k {top_k}, expected [N, D] and twice [N * top_k]"
         )
     name = backends.choose("permute", backend, x_ND.device, IMPLEMENTATIONS, "csrc")
     return naive.permute(x_ND, order_R, top_k) if name == "naive" else csrc.permute(x_ND, order_R, inverse_R, top_k)
@@ -65,8 +65,8 @@ def unpermute(
     R = y_RD.shape[0]
     if y_RD.dim() != 2 or gate_NK.dim() != 2 or gate_NK.numel() != R or not order_R.shape == inverse_R.shape == (R,):
         raise ValueError(
-            f"unpermute: got y {tuple(y_RD.shape)}, order {tuple(order_R.shape)}, inverse {tuple(inverse_R.shape)}, gate "
-            f"{tuple(gate_NK.shape)}, expected [R, D], twice [R], and [N, K] with N*K = R"
+            f"unpermute: got y {tuple(y_RD.shape)}, order {tuple(order_R.shape)}, inverse {tuple(inverse_R.shape)}, "
+            f"gate {tuple(gate_NK.shape)}, expected [R, D], twice [R], and [N, K] with N*K = R"
         )
     name = backends.choose("unpermute", backend, y_RD.device, IMPLEMENTATIONS, "csrc")
     if name == "naive":

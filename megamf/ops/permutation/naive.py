@@ -7,7 +7,7 @@ import torch
 
 
 def sort_by_expert(expert_NK: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(order_R, inverse_R, count_E): the stable order of the flattened copies by expert, its inverse, rows an expert."""
+    """(order_R, inverse_R, count_E): the stable order of the copies n*K+k by expert, its inverse, rows an expert."""
     flat_R = expert_NK.flatten()
     order_R = flat_R.argsort(stable=True)
     return order_R, order_R.argsort(), torch.bincount(flat_R, minlength=num_experts)

@@ -1,7 +1,7 @@
 """Stick-breaking attention (ModuleFormer, arXiv 2306.04640): the public functions.
 
-With z = sigmoid(scale * q.k), a query walks the keys from the newest (itself) to the oldest; each key takes the share z of
-what is left of a stick of length 1. What is left at the end is dropped. `naive.py` is the specification.
+With z = sigmoid(scale * q.k), a query walks the keys from the newest (itself) to the oldest; each key takes the share
+z of what is left of a stick of length 1. What is left at the end is dropped. `naive.py` is the specification.
 
 Shapes: `B` batch, `T` query time, `S` key time, `H` query heads, `G` key/value heads, `C` channels of a head, `X` any
 leading axes.
@@ -37,16 +37,17 @@ def stickbreaking_attention(
 ) -> torch.Tensor:
     """Causal stick-breaking attention, differentiable in q, k and v; never a T x S matrix in memory (backend csrc).
 
-    q_BHTC, k_BGSC, v_BGSC: float32, float64 or bfloat16 (computed in float32), any C, S >= T, H a multiple of G; head h reads
-        key/value head h % G. Any strides; only a non-contiguous channel axis is copied. k and v may be one tensor.
+    q_BHTC, k_BGSC, v_BGSC: float32, float64 or bfloat16 (computed in float32), any C, S >= T, H a multiple of G; head
+        h reads key/value head h % G. Any strides; only a non-contiguous channel axis is copied. k and v may be one
+        tensor.
     scale: factor of q.k, default C ** -0.5.
-    start_BT: int32 or int64, first key position (0..S) a query may see. Query t stands at position S - T + t; a start beyond
-        it means that it sees nothing: output and gradients are exactly 0.
-    key_mask_BS: bool, False for keys that neither receive mass nor consume stick. Their k and v, and the q of queries that
-        see nothing, may hold anything, NaN included.
-    stop: the walk over older keys ends when every stick of a block of 64 queries is shorter than this; 0 never ends it.
-        Default 1e-19, 1e-10, 1e-6 for float64, float32, bfloat16. The outputs change by at most stop * max|v|, the gradients
-        of the skipped logits (which become 0) by at most 2 * stop * max|dO.v|. The naive backend ignores it.
+    start_BT: int32 or int64, first key position (0..S) a query may see. Query t stands at position S - T + t; a start
+        beyond it means that it sees nothing: output and gradients are exactly 0.
+    key_mask_BS: bool, False for keys that neither receive mass nor consume stick. Keys that no query sees and queries
+        that see no key may hold anything, NaN included: nothing of them enters a result.
+    stop: the walk over older keys ends when every stick of a block of 64 queries is shorter than this; 0 never ends
+        it. Default 1e-19, 1e-10, 1e-6 for float64, float32, bfloat16. The outputs change by at most stop * max|v|, the
+        gradients of the skipped logits (which become 0) by at most 2 * stop * max|dO.v|. The naive backend ignores it.
     backend: "auto", "csrc" (CPU) or "naive".
 
     Returns o_BHTC, of q's dtype and memory layout. Same bits in every run, and for 1 to 8 threads.
@@ -58,7 +59,7 @@ def stickbreaking_attention(
     if name == "naive":
         return naive.attention(q_BHTC, k_BGSC, v_BGSC, scale, start_BT, key_mask_BS)
     q, k, v = _channels_last(q_BHTC, k_BGSC, v_BGSC)
-    return csrc.attention(q, k, v, start_BT, key_mask_BS, scale, _stop(stop, q.dtype))[0]
+    return csrc.attention(q, k, v, start_BT, key_mask_BS, scale, _stop(stop, q.dtype))
 
 
 def stickbreaking_decode(
@@ -91,7 +92,8 @@ def stickbreaking_scan(
 ) -> torch.Tensor:
     """Weights A_j = z_j * prod over newer keys of (1 - z), z = sigmoid(logits), row by row; differentiable.
 
-    logits_XTS: [..., T, S] with S >= T, already scaled; query t sees keys start..S-T+t, the others get 0 whatever they hold.
+    logits_XTS: [..., T, S] with S >= T, already scaled; query t sees keys start..S-T+t, the others get 0 whatever they
+        hold.
     start_XT: int32 or int64 of the leading shape [..., T]. Returns the weights, same shape and dtype.
     Raises ValueError for shapes or a backend that do not fit.
     """
@@ -106,7 +108,7 @@ def stickbreaking_scan(
 
 
 def document_starts(cu_seqlens: torch.Tensor, B: int, T: int) -> torch.Tensor:
-    """First position of its document, within the row, for every token: int32 [B, T], the `start_BT` of a call with S = T.
+    """First position of its document, within the row, of every token: int32 [B, T], `start_BT` of a call with S = T.
 
     cu_seqlens: integer [num_documents + 1], cumulative document lengths over the flattened B*T tokens, from 0 to B*T
     (empty documents allowed). A row boundary always starts a document. Raises ValueError for anything else.

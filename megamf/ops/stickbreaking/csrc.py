@@ -20,12 +20,11 @@ scan_backward = torch.ops.megamf.stickbreaking_scan_backward
 
 @torch.library.register_fake("megamf::stickbreaking_attention")
 def _attention_fake(q, k, v, start_BT, key_mask_BS, scale, stop):
-    exact = torch.empty_like(q, dtype=torch.float32) if q.dtype == torch.bfloat16 else q.new_empty(0)
-    return torch.empty_like(q), exact
+    return torch.empty_like(q)
 
 
 @torch.library.register_fake("megamf::stickbreaking_attention_backward")
-def _attention_backward_fake(grad_o, q, k, v, o, start_BT, key_mask_BS, scale, stop):
+def _attention_backward_fake(grad_o, q, k, v, start_BT, key_mask_BS, scale, stop):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
@@ -44,19 +43,13 @@ def _scan_backward_fake(grad, logits, start):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _attention_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _attention_setup(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
     q, k, v, start_BT, key_mask_BS, ctx.scale, ctx.stop = inputs
-    o, exact_o = output
-    # dO.o stands in for a sum of thousands of terms: o rounded to bfloat16 would be too coarse.
-    ctx.save_for_backward(q, k, v, exact_o if q.dtype == torch.bfloat16 else o, start_BT, key_mask_BS)
-    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, start_BT, key_mask_BS)
 
 
-def _attention_grad(ctx: Any, grad_o: torch.Tensor | None, _grad_exact: torch.Tensor | None) -> tuple:
-    if grad_o is None:
-        return (None,) * 7
-    q, k, v, o, start_BT, key_mask_BS = ctx.saved_tensors
-    grads = attention_backward(grad_o, q, k, v, o, start_BT, key_mask_BS, ctx.scale, ctx.stop)
+def _attention_grad(ctx: Any, grad_o: torch.Tensor) -> tuple:
+    grads = attention_backward(grad_o, *ctx.saved_tensors, ctx.scale, ctx.stop)
     return (*grads, None, None, None, None)
 
 

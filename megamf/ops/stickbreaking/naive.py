@@ -3,8 +3,8 @@
 Source: ModuleFormer (arXiv 2306.04640) and its released code; the diagonal is included and what is left of the stick
 is dropped.
 
-Shapes: `B` batch, `T` query time, `S` key time (S >= T, queries are the last T positions), `H` query heads, `G` key/value
-heads (head h reads h % G), `C` channels of a head, `X` any leading axes.
+Shapes: `B` batch, `T` query time, `S` key time (S >= T, queries are the last T positions), `H` query heads, `G`
+key/value heads (head h reads h % G), `C` channels of a head, `X` any leading axes.
 """
 
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 def visible(
     T: int, S: int, start_XT: torch.Tensor | None, key_mask_XS: torch.Tensor | None, device: torch.device
 ) -> torch.Tensor:
-    """Bool [..., T, S]: key j is seen by query t, at position S-T+t, when start <= j <= position and it is not masked."""
+    """Bool [..., T, S]: query t, at position S-T+t, sees key j when start <= j <= position and it is not masked."""
     key_S = torch.arange(S, device=device)
     seen = key_S <= torch.arange(S - T, S, device=device)[:, None]
     if start_XT is not None:
