@@ -22,11 +22,12 @@ PIDS=()
 ((STOP_AT < COMPARE && COMPARE < STEPS)) ||
   fail "MEGAMF_STOP_AT=$STOP_AT < MEGAMF_COMPARE=$COMPARE < MEGAMF_STEPS=$STEPS does not hold"
 
-install_megamf data hf report
-
 if [[ -e $OUT && ! -e $OUT/.quickstart ]]; then
   fail "$OUT exists and no quickstart wrote it; move it away or set MEGAMF_OUT"
 fi
+
+install_megamf data hf report
+
 rm -rf "$OUT"
 mkdir -p "$OUT"
 touch "$OUT/.quickstart"

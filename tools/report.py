@@ -121,16 +121,26 @@ def compare_runs(folder: Path, records: list[dict[str, Any]], others: list[dict[
 
 @torch.no_grad()
 def hf_difference(checkpoint: Path, folder: Path) -> float:
-    """Largest difference of float32 logits between our model and `AutoModelForCausalLM` on 2 x 64 random tokens."""
+    """Largest difference of float32 logits between our model and `AutoModelForCausalLM` on 2 x 64 random tokens.
+
+    The folder is loaded both ways: with the self-contained modelling file it carries, which shares no code with ours,
+    and with `megamf.hf`, which wraps our own modules and therefore proves the weights rather than the arithmetic.
+    """
     from transformers import AutoModelForCausalLM
 
-    import megamf.hf  # noqa: F401  (registers the model type)
     from megamf.evaluate.load import load_model
 
-    ours, model = load_model(checkpoint)
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    token_BT = torch.randint(model.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
-    return (ours.logits(ours(token_BT).hidden_BTD) - theirs(token_BT).logits).abs().max().item()
+    ours, config = load_model(checkpoint)
+    # Before megamf.hf registers the type, the folder's own file is what transformers finds.
+    portable = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True).eval()
+
+    import megamf.hf  # noqa: F401
+
+    registered = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert type(portable) is not type(registered), "the folder's own modelling file was not used"
+    token_BT = torch.randint(config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
+    logits_BTV = ours.logits(ours(token_BT).hidden_BTD)
+    return max((logits_BTV - model(token_BT).logits).abs().max().item() for model in (portable, registered))
 
 
 def draw(records: list[dict[str, Any]], file: Path) -> None:
