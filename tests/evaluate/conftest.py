@@ -23,6 +23,15 @@ def random_model(config, seed=0):
     return model
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads that wait for each other take far longer than the work of tiny models."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def model():
     """A float64 model in evaluation mode."""
