@@ -3,6 +3,9 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty_like.h>
 
+#include <cmath>
+#include <type_traits>
+
 #include "attention.h"
 #include "ops.h"
 
@@ -13,16 +16,56 @@ namespace {
 constexpr int64_t kChunk = 64;
 
 template <class In>
+MEGAMF_INLINE Vec<Acc<In>> widen(const In* p) {
+  using T = Acc<In>;
+  if constexpr (std::is_same_v<In, T>) {
+    return load(p);
+  } else {
+    alignas(64) T wide[kLanes<T>];
+    for (int i = 0; i < kLanes<T>; ++i) wide[i] = static_cast<T>(p[i]);
+    return load(wide);
+  }
+}
+
+template <class In>
 Acc<In> dot(const Acc<In>* q, const In* k, int64_t C) {
   using T = Acc<In>;
-  T lanes[kLanes<T>] = {};
+  constexpr int64_t kStep = kLanes<T>;
+  Vec<T> even{}, odd{};
   int64_t c = 0;
-  for (; c + kLanes<T> <= C; c += kLanes<T>)
-    for (int64_t i = 0; i < kLanes<T>; ++i) lanes[i] += q[c + i] * static_cast<T>(k[c + i]);
-  T total = 0;
+  for (; c + 2 * kStep <= C; c += 2 * kStep) {
+    even = fma(load(q + c), widen(k + c), even);
+    odd = fma(load(q + c + kStep), widen(k + c + kStep), odd);
+  }
+  T total = sum<T>(even + odd);
   for (; c < C; ++c) total += q[c] * static_cast<T>(k[c]);
-  for (int64_t i = 0; i < kLanes<T>; ++i) total += lanes[i];
   return total;
+}
+
+// o += sum over j of weight[j] * v[j], zero weights skipped (their rows may hold anything).
+template <class In, int kVecs>
+MEGAMF_INLINE void add_columns(const Acc<In>* weight, int64_t count, const In* v, int64_t pitch, Acc<In>* o) {
+  using T = Acc<In>;
+  Vec<T> acc[kVecs] = {};
+  for (int64_t j = 0; j < count; ++j) {
+    if (weight[j] == 0) continue;
+    const Vec<T> w = splat<T>(weight[j]);
+#pragma GCC unroll 4
+    for (int i = 0; i < kVecs; ++i) acc[i] = fma(w, widen(v + j * pitch + i * kLanes<T>), acc[i]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kVecs; ++i) store(o + i * kLanes<T>, load(o + i * kLanes<T>) + acc[i]);
+}
+
+template <class In>
+void add_rows(const Acc<In>* weight, int64_t count, const In* v, int64_t pitch, int64_t C, Acc<In>* o) {
+  using T = Acc<In>;
+  int64_t c = 0;
+  for (; c + 4 * kLanes<T> <= C; c += 4 * kLanes<T>) add_columns<In, 4>(weight, count, v + c, pitch, o + c);
+  for (; c + kLanes<T> <= C; c += kLanes<T>) add_columns<In, 1>(weight, count, v + c, pitch, o + c);
+  for (; c < C; ++c)
+    for (int64_t j = 0; j < count; ++j)
+      if (weight[j] != 0) o[c] += weight[j] * static_cast<T>(v[j * pitch + c]);
 }
 
 template <class In>
@@ -32,7 +75,7 @@ void decode(const at::Tensor& q_BHC, const at::Tensor& k_BGSC, const at::Tensor&
   const int64_t H = q_BHC.size(1), C = q_BHC.size(2), G = k_BGSC.size(1), S = k_BGSC.size(2);
   at::parallel_for(0, q_BHC.size(0) * H, 1, [&](int64_t begin, int64_t end) {
     std::vector<T> q(C), o(C);
-    T z[kChunk], w[kChunk];
+    alignas(64) T z[kChunk], w[kChunk];
     for (int64_t n = begin; n < end; ++n) {
       const int64_t b = n / H, h = n % H, g = h % G;
       const bool* ok = mask_BS ? mask_BS + b * S : nullptr;
@@ -55,15 +98,17 @@ void decode(const at::Tensor& q_BHC, const at::Tensor& k_BGSC, const at::Tensor&
           store(w + j, e * share);
         }
         for (int64_t j = count - 1; j >= 0; --j) {
-          if (ok != nullptr && !ok[k0 + j]) continue;
-          // The compensated product of stick.h, one lane.
-          const T weight = (stick + tail) * z[j], next = stick * w[j];
-          const T w_low = w[j] >= T(0.5) ? (T(1) - w[j]) - z[j] : T(0);
-          tail = std::fma(tail, w[j], std::fma(stick, w_low, std::fma(stick, w[j], -next)));
-          stick = next;
-          const In* v = values + (k0 + j) * v_BGSC.stride(2);
-          for (int64_t c = 0; c < C; ++c) o[c] += weight * static_cast<T>(v[c]);
+          T weight = 0;
+          if (ok == nullptr || ok[k0 + j]) {
+            // The compensated product of stick.h, one lane.
+            weight = (stick + tail) * z[j];
+            const T next = stick * w[j], w_low = w[j] >= T(0.5) ? (T(1) - w[j]) - z[j] : T(0);
+            tail = std::fma(tail, w[j], std::fma(stick, w_low, std::fma(stick, w[j], -next)));
+            stick = next;
+          }
+          z[j] = weight;
         }
+        add_rows<In>(z, count, values + k0 * v_BGSC.stride(2), v_BGSC.stride(2), C, o.data());
         end_key = k0;
       }
       write_row(o.data(), o_BHC.mutable_data_ptr<In>() + b * o_BHC.stride(0) + h * o_BHC.stride(1), C, T(1));

@@ -103,9 +103,16 @@ MEGAMF_INLINE Vec<T> clamp(Vec<T> x, T lo, T hi) {
 
 template <class T>
 MEGAMF_INLINE T sum(Vec<T> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4)
+    return _mm512_reduce_add_ps((__m512)x);
+  else
+    return _mm512_reduce_add_pd((__m512d)x);
+#else
   T total = 0;
   for (int i = 0; i < kLanes<T>; ++i) total += x[i];
   return total;
+#endif
 }
 
 // e^x for |x| <= 87: x = n ln2 + r with |r| <= ln2/2, minimax polynomial of degree 6 (relative error 2e-9
