@@ -15,6 +15,7 @@ from megamf.cli import run
 from megamf.data.tokenizer import load_tokenizer
 from megamf.evaluate.load import DTYPES, check_vocabulary, load_model
 from megamf.evaluate.perplexity import Perplexity, measure, together
+from megamf.evaluate.weights import trained_length
 from megamf.tools._models import add_model_options, device_of, positive, progress, refuse_unwritable, write_json
 
 
@@ -27,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     model, config = load_model(args.checkpoint, DTYPES[args.dtype], device)
     if tokenizer is not None:
         check_vocabulary(tokenizer, config.vocab_size)
-    seq_len = args.seq_len or config.block_size + config.history_length
+    seq_len = args.seq_len or trained_length(args.checkpoint)
     results = []
     for prefix in args.data:
         with progress(f"evaluating {Path(prefix).name}") as advance:
@@ -58,7 +59,10 @@ def _parser() -> argparse.ArgumentParser:
         "--tokenizer", metavar="PATH", help="checked against the data; measures the bytes of data without a .json"
     )
     parser.add_argument(
-        "--seq-len", type=positive, metavar="N", help="tokens of a window (the model's block_size + history_length)"
+        "--seq-len",
+        type=positive,
+        metavar="N",
+        help="tokens of a window (as in training, else block_size + history_length)",
     )
     parser.add_argument("--batch", type=positive, default=8, metavar="N", help="windows computed at one time (8)")
     parser.add_argument(

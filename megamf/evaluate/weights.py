@@ -60,6 +60,16 @@ def is_public_folder(path: Path) -> bool:
     return isinstance(tree, dict) and tree.get("model_type") == MODEL_TYPE
 
 
+def trained_length(path: Path | str) -> int:
+    """Tokens of the sequences a model was trained on: of its run where that is known, else segment and history."""
+    with open_weights(path) as weights:
+        if isinstance(weights, CheckpointWeights):
+            seq_len = weights.checkpoint.state.get("config", {}).get("train", {}).get("seq_len")
+            if isinstance(seq_len, int) and seq_len > 0:
+                return seq_len
+        return weights.model.block_size + weights.model.history_length
+
+
 def expected_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every parameter of a ModuleFormer or a dense baseline."""
     with torch.device("meta"):

@@ -42,7 +42,7 @@ def model():
 def checkpoint(tmp_path):
     """(step directory, the model in it)."""
 
-    def make(**changes):
+    def make(state=None, **changes):
         config = ModelConfig(**(changes if changes.get("kind") == "dense" else {**TINY, **changes}))
         model = random_model(config)
         tensors = {}
@@ -54,7 +54,9 @@ def checkpoint(tmp_path):
             tree = {"kind": "dense", **config.model_dump(mode="json", exclude_unset=True)}
         else:
             modules = module_table(config.n_layer, config.n_att_experts, config.n_mlp_experts)
-        step = save(tmp_path / "run" / "checkpoints", 3, tensors, {"step": 3}, modules, tree, run_id="r")
+        step = save(
+            tmp_path / "run" / "checkpoints", 3, tensors, {"step": 3} | (state or {}), modules, tree, run_id="r"
+        )
         return step, model
 
     return make

@@ -5,7 +5,13 @@ import torch
 
 from megamf.checkpoint import save
 from megamf.errors import UserError
-from megamf.evaluate.weights import CheckpointWeights, expected_shapes, is_public_folder, open_weights
+from megamf.evaluate.weights import (
+    CheckpointWeights,
+    expected_shapes,
+    is_public_folder,
+    open_weights,
+    trained_length,
+)
 
 
 def test_public_folders_are_told_by_their_configuration(tmp_path):
@@ -33,3 +39,8 @@ def test_a_model_configuration_that_is_none(tmp_path):
     step = save(tmp_path, 0, {"weights/x": torch.ones(1)}, {}, [], {"vocab_size": -1}, run_id="r")
     with pytest.raises(UserError, match=r"model\.json is no model configuration"):
         CheckpointWeights(step)
+
+
+def test_trained_length(checkpoint):
+    assert trained_length(checkpoint()[0]) == 16
+    assert trained_length(checkpoint({"config": {"train": {"seq_len": 21}}})[0]) == 21
