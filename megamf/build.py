@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from megamf.callbacks.checkpointing import Checkpointing
+from megamf.callbacks.checkpointing import Checkpointing, find_resume
 from megamf.callbacks.evaluation import Evaluation
 from megamf.callbacks.guards import NonFiniteGuard
 from megamf.callbacks.metrics import Metrics, require_wandb
 from megamf.callbacks.preemption import Preemption
 from megamf.callbacks.progress import ProgressDisplay
+from megamf.checkpoint import resolve
 from megamf.config import ConfigError, RunConfig
 from megamf.data.loader import StepLoader, document_end, open_train, open_valid, valid_bytes_per_token
 from megamf.parallel.launch import Process, process_group
@@ -38,6 +39,9 @@ def build_trainer(config: RunConfig, process: Process) -> Iterator[tuple[Trainer
     """
     check(config, process.world)
     train, valid = open_train(config), open_valid(config)
+    find_resume(config.checkpoint.resume, config.run.dir / "checkpoints")
+    if config.checkpoint.init_from is not None:
+        resolve(config.checkpoint.init_from)
     check_writable(config.run.dir)
     claim(config, write=process.rank == 0)
     with ExitStack() as stack:

@@ -16,13 +16,18 @@ class Preemption(Callback):
 
     def __init__(self) -> None:
         self.stopped = False
+        self.before: dict[int, object] = {}
 
     def on_train_start(self, trainer: "Trainer") -> None:
         def request(number: int, frame: object) -> None:
             trainer.stop_requested = True
 
         for number in SIGNALS:
-            signal.signal(number, request)
+            self.before[number] = signal.signal(number, request)
 
     def on_step_end(self, trainer: "Trainer", result: "StepResult") -> None:
         self.stopped = result.stop_requested and trainer.step < trainer.config.train.steps
+
+    def on_train_end(self, trainer: "Trainer") -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

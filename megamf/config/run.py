@@ -150,7 +150,7 @@ class Checkpoint(Section):
     keep: NonNegativeInt = Field(3, description="the newest N stay; 0 keeps all")
     keep_every: NonNegativeInt = Field(0, description="checkpoints at multiples of this step are never rotated out")
     resume: str = Field("auto", description="auto | never | path of a checkpoint or of a run directory")
-    init_from: Path | None = Field(None, description="weights of another checkpoint to start a new run from")
+    init_from: TextPath | None = Field(None, description="weights of another checkpoint to start a new run from")
     background: bool = Field(False, description="write while training goes on")
     previous_on_damage: bool = Field(
         False, description="on resume=auto, a damaged newest checkpoint is passed over for the one before"

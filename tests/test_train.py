@@ -1,0 +1,244 @@
+"""`megamf train` in this process: what it leaves behind, and what it refuses, with exit code 2 and nothing lost."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megamf import train
+from megamf.callbacks.preemption import SIGNALS
+from megamf.checkpoint import Checkpoint, latest, list_steps
+from megamf.cli import run
+from megamf.parallel.launch import Process, process_group
+
+MODEL = [
+    "model.vocab_size=61", "model.n_layer=2", "model.n_embd=16", "model.att_hidden=16", "model.ffd_hidden=16",
+    "model.n_att_experts=4", "model.n_mlp_experts=4", "model.gating_size=8", "model.bos_token_id=null",
+    "model.eos_token_id=0",
+]  # fmt: skip
+TRAIN = [
+    "train.steps=4", "train.seq_len=24", "train.micro_batch=2", "train.global_batch=4", "optim.warmup_steps=1",
+    "train.eval_batches=1", "data.valid_fraction=0.1", "checkpoint.every=2", "logging.tensorboard=false",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_process_group():
+    """DeepSpeed keeps its groups for the life of a process, so all runs here share one."""
+    before = dict(os.environ)
+    with process_group(Process(0, 1, 0)):
+        yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """Whatever a run that failed has left, the next test finds the handlers as they were."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, corpus) -> Path:
+    """A run of four steps with checkpoints at 2 and 4."""
+    directory = tmp_path_factory.mktemp("finished") / "run"
+    assert run(train.main, arguments(directory, corpus)) == 0
+    return directory
+
+
+def arguments(directory: Path, corpus: Path, *more: str) -> list[str]:
+    return [f"run.dir={directory}", f"data.train=[{{path: {corpus}}}]", *MODEL, *TRAIN, *more]
+
+
+def records(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_directory_holds_what_it_should(finished):
+    assert sorted(entry.name for entry in finished.iterdir()) == ["checkpoints", "config.yaml", "metrics.jsonl"]
+    steps = [record for record in records(finished) if "loss" in record]
+    assert [record["step"] for record in steps] == [1, 2, 3, 4]
+    for record in steps:
+        keys = {"step", "tokens", "loss", "aux_loss", "lr", "grad_norm", "tokens_per_second", "mfu"}
+        assert keys <= record.keys()
+        assert record["tokens"] == record["step"] * 4 * 24
+    load = steps[-1]["module_load"]
+    assert [(row["layer"], row["kind"]) for row in load] == [
+        (0, "attention"), (0, "mlp"), (1, "attention"), (1, "mlp"),
+    ]  # fmt: skip
+    assert all(abs(sum(row["load"]) - 1) < 1e-6 for row in load)
+    [valid] = [record for record in records(finished) if "valid_loss" in record]
+    assert valid["step"] == 4 and valid["valid_bits_per_byte"] > 0
+    assert list_steps(finished / "checkpoints") == [2, 4]
+    with Checkpoint(latest(finished / "checkpoints")) as checkpoint:
+        assert checkpoint.step == 4 and checkpoint.state["consumed_samples"] == 16
+        shares = [module.load["share"] for module in checkpoint.modules if (module.layer, module.kind) == (1, "mlp")]
+        assert shares == pytest.approx(load[3]["load"])
+
+
+def test_a_finished_run_has_nothing_left_to_do(finished, corpus, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert run(train.main, arguments(tmp_path / "run", corpus)) == 0
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_dry_run_prints_and_writes_nothing(tmp_path, corpus, capsys):
+    assert run(train.main, [*arguments(tmp_path / "run", corpus), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "n_att_experts: 4" in printed and "parameters" in printed and "memory" in printed
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["optim.speed=3"], "unknown key optim.speed (value 3)"),
+        (["model.k_mlp=5"], "k_mlp=5 is larger than n_mlp_experts=4"),
+        (["train.global_batch=5"], "train.global_batch=5 is not divisible by train.micro_batch=2"),
+        (["parallel.ep=2"], "world size 1 is not divisible by parallel.ep=2"),
+        (["deepspeed=nothing"], "nothing is neither a packaged configuration"),
+        (["train.precision=bf16", "deepspeed=zero0"], "bf16"),
+        (["train.seq_len=100000"], "100000"),
+        (["model.vocab_size=60"], "vocab"),
+        (["data.train=[]"], "data.train"),
+        (["data.train=[{path: /nowhere/at/all}]"], "/nowhere/at/all"),
+        (["checkpoint.resume=/nowhere/at/all"], "/nowhere/at/all"),
+        (["optim.warmup_steps=5"], "longer than train.steps=4"),
+        (["one.yaml", "two.yaml"], "one configuration file"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_refused_before_anything_is_written(tmp_path, corpus, capsys, more, message):
+    try:
+        code = run(train.main, arguments(tmp_path / "run", corpus, *more))
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    assert code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_experts_not_divisible_by_ep(tmp_path, corpus, capsys, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    more = ["parallel.ep=3", "train.global_batch=6"]
+    assert run(train.main, arguments(tmp_path / "run", corpus, *more)) == 2
+    assert "n_att_experts=4 is not divisible by parallel.ep=3" in capsys.readouterr().err
+
+
+def test_truncated_data(tmp_path, corpus, capsys):
+    for suffix in (".bin", ".idx", ".json"):
+        shutil.copy(f"{corpus}{suffix}", tmp_path / f"text{suffix}")
+    with (tmp_path / "text.bin").open("rb+") as file:
+        file.truncate(100)
+    assert run(train.main, arguments(tmp_path / "run", tmp_path / "text")) == 2
+    assert "100" in capsys.readouterr().err
+
+
+def test_another_configuration_in_the_run_directory(finished, corpus, capsys):
+    assert run(train.main, arguments(finished, corpus, "optim.lr=0.5", "optim.min_lr=0.1")) == 2
+    printed = capsys.readouterr().err
+    assert "optim.lr: 0.0003 there, 0.5 now" in printed
+    assert list_steps(finished / "checkpoints") == [2, 4]
+
+
+def test_never_resume_into_existing_checkpoints(finished, corpus, capsys):
+    assert run(train.main, arguments(finished, corpus, "checkpoint.resume=never")) == 2
+    assert "already holds step-00000004" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_model(finished, corpus, tmp_path, capsys):
+    more = [f"checkpoint.resume={finished}", "model.n_layer=1"]
+    assert run(train.main, arguments(tmp_path / "run", corpus, *more)) == 2
+    printed = capsys.readouterr().err
+    assert "another model" in printed and "transformer.h.1" in printed
+
+
+def flip_a_byte(step: Path) -> Path:
+    shard = max(step.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    return shard
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_offered(finished, corpus, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    shard = flip_a_byte(tmp_path / "run" / "checkpoints" / "step-00000004")
+    assert run(train.main, arguments(tmp_path / "run", corpus)) == 2
+    printed = capsys.readouterr().err
+    assert shard.name in printed and "step-00000002" in printed and "previous_on_damage" in printed
+
+
+def test_the_good_checkpoint_before_is_used_when_asked(finished, corpus, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    flip_a_byte(tmp_path / "run" / "checkpoints" / "step-00000004")
+    assert run(train.main, arguments(tmp_path / "run", corpus, "checkpoint.previous_on_damage=true")) == 0
+    again = [record for record in records(tmp_path / "run") if "loss" in record]
+    assert again[2:] and [r["loss"] for r in again] == [r["loss"] for r in records(finished) if "loss" in r]
+
+
+def test_a_signal_stops_with_a_checkpoint_and_the_run_goes_on(finished, corpus, tmp_path):
+    more = ["train.steps=4000", "checkpoint.every=0", "optim.schedule=constant"]
+    metrics = tmp_path / "run" / "metrics.jsonl"
+
+    def stop_after_two_steps() -> None:
+        deadline = time.monotonic() + 60
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 2) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    watcher = threading.Thread(target=stop_after_two_steps)
+    watcher.start()
+    assert run(train.main, arguments(tmp_path / "run", corpus, *more)) == train.STOPPED_EARLY
+    watcher.join()
+    [step] = list_steps(tmp_path / "run" / "checkpoints")
+    assert 2 <= step < 4000
+    assert records(tmp_path / "run")[-1]["step"] == step
+
+
+def test_training_starts_from_the_weights_of_another_run(finished, corpus, tmp_path):
+    more = [
+        f"checkpoint.init_from={finished}",
+        "train.steps=1",
+        "optim.lr=1e-9",
+        "optim.min_lr=0",
+        "optim.weight_decay=0",
+    ]
+    assert run(train.main, arguments(tmp_path / "run", corpus, *more)) == 0
+    with (
+        Checkpoint(latest(finished / "checkpoints")) as source,
+        Checkpoint(latest(tmp_path / "run" / "checkpoints")) as found,
+    ):
+        assert found.step == 1 and found.state["optimizer_step"] == 1
+        for name in source.names():
+            torch.testing.assert_close(found.tensor(name), source.tensor(name), atol=1e-6, rtol=0)
+
+
+def test_background_saving_writes_the_same(finished, corpus, tmp_path):
+    assert run(train.main, arguments(tmp_path / "run", corpus, "checkpoint.background=true")) == 0
+    with (
+        Checkpoint(latest(finished / "checkpoints")) as source,
+        Checkpoint(latest(tmp_path / "run" / "checkpoints")) as found,
+    ):
+        for group in source.groups:
+            assert source.names(group) == found.names(group)
+            for name in source.names(group):
+                assert torch.equal(source.tensor(name, group), found.tensor(name, group))
+
+
+@pytest.mark.parametrize("mode", ["experts", "full"])
+def test_activation_checkpointing_changes_no_loss(finished, corpus, tmp_path, mode):
+    assert run(train.main, arguments(tmp_path / "run", corpus, f"train.activation_checkpointing={mode}")) == 0
+    found = [record["loss"] for record in records(tmp_path / "run") if "loss" in record]
+    assert found == pytest.approx([r["loss"] for r in records(finished) if "loss" in r], abs=1e-6)
