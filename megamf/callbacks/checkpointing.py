@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from megamf.callbacks.base import Callback
-from megamf.callbacks.load import module_load
+from megamf.callbacks.module_load import module_load
 from megamf.checkpoint import (
     BackgroundWriter,
     Checkpoint,

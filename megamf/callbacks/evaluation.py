@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from megamf.callbacks.base import Callback
-from megamf.callbacks.load import load_summary, module_load
+from megamf.callbacks.module_load import load_summary, module_load
 
 if TYPE_CHECKING:
     from megamf.data.loader import StepLoader

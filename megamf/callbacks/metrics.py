@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from megamf.callbacks.base import Callback
-from megamf.callbacks.load import load_summary, module_load
+from megamf.callbacks.module_load import load_summary, module_load
 from megamf.config import ConfigError, RunConfig, to_tree
 from megamf.plan import mfu, peak_flops, train_flops_per_token
 

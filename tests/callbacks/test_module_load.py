@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from megamf.callbacks.load import load_summary, module_load
+from megamf.callbacks.module_load import load_summary, module_load
 from megamf.model.losses import Packed
 
 
