@@ -13,7 +13,7 @@ import torch
 
 from megamf import train
 from megamf.callbacks.preemption import SIGNALS
-from megamf.checkpoint import Checkpoint, latest, list_steps
+from megamf.checkpoint import Checkpoint, latest, list_steps, save
 from megamf.cli import run
 from megamf.parallel.launch import Process, process_group
 
@@ -162,6 +162,15 @@ def test_a_checkpoint_of_another_model(finished, corpus, tmp_path, capsys):
     assert run(train.main, arguments(tmp_path / "run", corpus, *more)) == 2
     printed = capsys.readouterr().err
     assert "another model" in printed and "transformer.h.1" in printed
+
+
+def test_weights_alone_are_no_run_to_resume(finished, corpus, tmp_path, capsys):
+    with Checkpoint(latest(finished / "checkpoints")) as source:
+        tensors = {f"weights/{name}": source.tensor(name) for name in source.names()}
+        state = {"step": 0}
+        save(tmp_path / "weights", 0, tensors, state, source.modules, source.model, run_id="test")
+    assert run(train.main, arguments(tmp_path / "run", corpus, f"checkpoint.resume={tmp_path / 'weights'}")) == 2
+    assert "checkpoint.init_from=" in capsys.readouterr().err
 
 
 def flip_a_byte(step: Path) -> Path:

@@ -105,6 +105,7 @@ class Checkpointing(Callback):
         path = self._verified(trainer, path)
         with Checkpoint(path) as checkpoint:
             check_model(checkpoint, global_shapes(trainer.model, trainer.mesh))
+            check_resumable(checkpoint)
             check_batches(checkpoint.state, trainer.config)
             load_state(trainer.engine, checkpoint, int(checkpoint.state["optimizer_step"]))
             trainer.step = int(checkpoint.state["step"])
@@ -185,6 +186,15 @@ def find_resume(resume: str, root: Path) -> Path | None:
         return None
     # An interrupted run that once started from elsewhere goes on from its own checkpoints.
     return newest or resolve(Path(resume))
+
+
+def check_resumable(checkpoint: Checkpoint) -> None:
+    """Weights alone (an import, a merge) are no run to go on with; raises UserError."""
+    if "optimizer_step" not in checkpoint.state or not checkpoint.names("exp_avg"):
+        raise UserError(
+            f"{checkpoint.path} holds weights without the state of a run: it cannot be resumed; "
+            f"start a new run from it with checkpoint.init_from={checkpoint.path} and checkpoint.resume=auto"
+        )
 
 
 def check_batches(state: dict[str, Any], config: RunConfig) -> None:

@@ -19,7 +19,6 @@ from deepspeed.utils import (
 )
 
 from megamf.checkpoint import Checkpoint
-from megamf.errors import UserError
 from megamf.model.init import expert_indices
 from megamf.parallel.mesh import Mesh
 
@@ -127,12 +126,6 @@ def load_state(engine: Any, checkpoint: Checkpoint, step: int) -> None:
     """Fill weights, masters and moments from a checkpoint written by any layout; AdamW's count becomes `step`."""
     model = engine.module.model
     experts = expert_indices(model)
-    missing = sorted(set(dict(model.named_parameters())) - set(checkpoint.logical_shapes("exp_avg")))
-    if missing:
-        raise UserError(
-            f"{checkpoint.path} has no optimizer state for {len(missing)} tensors (first: {missing[0]}): it cannot be "
-            "resumed; start a new run from its weights"
-        )
     for state in torch_optimizer(engine).state.values():
         state["step"].fill_(step)
     masters = set(checkpoint.logical_shapes("master"))
