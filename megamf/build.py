@@ -12,6 +12,7 @@ from megamf.callbacks.progress import ProgressDisplay
 from megamf.checkpoint import resolve
 from megamf.config import ConfigError, RunConfig
 from megamf.data.loader import StepLoader, document_end, open_train, open_valid, valid_bytes_per_token
+from megamf.ops import backend, stickbreaking
 from megamf.parallel.launch import Process, process_group
 from megamf.parallel.zero import deepspeed_config
 from megamf.rundir import check_writable, claim
@@ -38,6 +39,7 @@ def build_trainer(config: RunConfig, process: Process) -> Iterator[tuple[Trainer
     Whatever can be wrong with the input is found, on every rank alike, before the ranks meet.
     """
     check(config, process.world)
+    backend.choose("stickbreaking_attention", "auto", process.device, stickbreaking.IMPLEMENTATIONS, "csrc")
     train, valid = open_train(config), open_valid(config)
     find_resume(config.checkpoint.resume, config.run.dir / "checkpoints")
     if config.checkpoint.init_from is not None:

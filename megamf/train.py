@@ -4,6 +4,7 @@
 """
 
 import argparse
+import logging
 import os
 import sys
 
@@ -43,6 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run the job; 0 done, 2 for the user's mistakes (told by rank 0), 75 stopped early with a checkpoint."""
     arguments = parse(argv)
     process = identify(os.environ)
+    if process.rank == 0:
+        logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
+        logging.getLogger("megamf").setLevel(logging.INFO)
     try:
         path = arguments.files[0] if arguments.files else None
         config = load_config(path, preset=arguments.preset, overrides=arguments.overrides)

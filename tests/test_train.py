@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import threading
@@ -13,7 +14,7 @@ import torch
 
 from megamf import train
 from megamf.callbacks.preemption import SIGNALS
-from megamf.checkpoint import Checkpoint, latest, list_steps, save
+from megamf.checkpoint import Checkpoint, latest, list_steps, save, verify
 from megamf.cli import run
 from megamf.parallel.launch import Process, process_group
 
@@ -171,6 +172,33 @@ def test_weights_alone_are_no_run_to_resume(finished, corpus, tmp_path, capsys):
         save(tmp_path / "weights", 0, tensors, state, source.modules, source.model, run_id="test")
     assert run(train.main, arguments(tmp_path / "run", corpus, f"checkpoint.resume={tmp_path / 'weights'}")) == 2
     assert "checkpoint.init_from=" in capsys.readouterr().err
+
+
+def test_no_space_leaves_the_checkpoint_before(finished, corpus, tmp_path, capsys):
+    """A limit on the size of files stands for a full disk: the write fails in the middle of a shard."""
+    shutil.copytree(finished, tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    shutil.rmtree(checkpoints / "step-00000004")
+    (checkpoints / "latest").write_text("step-00000002\n")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        code = run(train.main, arguments(tmp_path / "run", corpus))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 2
+    assert str(checkpoints) in capsys.readouterr().err
+    assert sorted(entry.name for entry in checkpoints.iterdir()) == ["latest", "step-00000002"]
+    assert latest(checkpoints).name == "step-00000002"
+    assert verify(checkpoints / "step-00000002") == []
+
+
+def test_without_the_extension_the_run_says_how_to_build_it(tmp_path, corpus, capsys, monkeypatch):
+    monkeypatch.setattr("megamf.ops.backend.EXTENSION_ERROR", "No module named 'megamf._C'")
+    monkeypatch.delenv("MEGAMF_ALLOW_NAIVE", raising=False)
+    assert run(train.main, arguments(tmp_path / "run", corpus)) == 2
+    assert "pip install --no-build-isolation -e ." in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def flip_a_byte(step: Path) -> Path:

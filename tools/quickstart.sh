@@ -5,17 +5,17 @@
 #   bash tools/quickstart.sh [section.key=value ...]     overrides go to every training start
 #
 #   MEGAMF_OUT        where everything is written          (runs/quickstart; replaced when an earlier quickstart made it)
-#   MEGAMF_STEPS      optimizer steps                      (400)
-#   MEGAMF_STOP_AT    the run is stopped after this step   (a quarter of the steps), then resumed
-#   MEGAMF_COMPARE    an uninterrupted run goes this far   (STOP_AT + 50), and its losses must be the same ones
+#   MEGAMF_STEPS      optimizer steps                      (320)
+#   MEGAMF_STOP_AT    the run is stopped after this step   (an eighth of the steps), then resumed
+#   MEGAMF_COMPARE    an uninterrupted run goes this far   (STOP_AT + 30), and its losses must be the same ones
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 
 RANKS=2
 OUT=${MEGAMF_OUT:-runs/quickstart}
-STEPS=${MEGAMF_STEPS:-400}
-STOP_AT=${MEGAMF_STOP_AT:-$((STEPS / 4))}
-COMPARE=${MEGAMF_COMPARE:-$((STOP_AT + 50))}
+STEPS=${MEGAMF_STEPS:-320}
+STOP_AT=${MEGAMF_STOP_AT:-$((STEPS / 8))}
+COMPARE=${MEGAMF_COMPARE:-$((STOP_AT + 30))}
 OVERRIDES=("$@")
 PIDS=()
 
