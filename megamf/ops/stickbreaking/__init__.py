@@ -7,21 +7,56 @@ Shapes: `B` batch, `T` query time, `S` key time, `H` query heads, `G` key/value 
 leading axes.
 """
 
+from typing import Literal, overload
+
 import torch
 
 from megamf.ops import backend as backends
 from megamf.ops.stickbreaking import naive
+from megamf.ops.stickbreaking.combine import combine
 
 if backends.has_extension():
     from megamf.ops.stickbreaking import csrc
 
-__all__ = ["document_starts", "stickbreaking_attention", "stickbreaking_decode", "stickbreaking_scan"]
+__all__ = ["combine", "document_starts", "stickbreaking_attention", "stickbreaking_decode", "stickbreaking_scan"]
 
 IMPLEMENTATIONS = {"csrc": frozenset({"cpu"}), "naive": frozenset[str]()}
 
 # A walk may stop when every stick of a block of queries is shorter than this: about 1/1000 of the rounding error
 # of the type.
 DEFAULT_STOP = {torch.float64: 1e-19, torch.float32: 1e-10, torch.bfloat16: 1e-6}
+
+
+@overload
+def stickbreaking_attention(
+    q_BHTC: torch.Tensor,
+    k_BGSC: torch.Tensor,
+    v_BGSC: torch.Tensor,
+    *,
+    scale: float | None = None,
+    start_BT: torch.Tensor | None = None,
+    key_mask_BS: torch.Tensor | None = None,
+    causal: bool = True,
+    stop: float | None = None,
+    return_log_rem: Literal[False] = False,
+    backend: str = "auto",
+) -> torch.Tensor: ...
+
+
+@overload
+def stickbreaking_attention(
+    q_BHTC: torch.Tensor,
+    k_BGSC: torch.Tensor,
+    v_BGSC: torch.Tensor,
+    *,
+    scale: float | None = None,
+    start_BT: torch.Tensor | None = None,
+    key_mask_BS: torch.Tensor | None = None,
+    causal: bool = True,
+    stop: float | None = None,
+    return_log_rem: Literal[True],
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def stickbreaking_attention(
@@ -32,33 +67,45 @@ def stickbreaking_attention(
     scale: float | None = None,
     start_BT: torch.Tensor | None = None,
     key_mask_BS: torch.Tensor | None = None,
+    causal: bool = True,
     stop: float | None = None,
+    return_log_rem: bool = False,
     backend: str = "auto",
-) -> torch.Tensor:
-    """Causal stick-breaking attention, differentiable in q, k and v; never a T x S matrix in memory (backend csrc).
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Stick-breaking attention, differentiable in q, k and v; never a T x S matrix in memory (backend csrc).
 
-    q_BHTC, k_BGSC, v_BGSC: float32, float64 or bfloat16 (computed in float32), any C, S >= T, H a multiple of G; head
-        h reads key/value head h % G. Any strides; only a non-contiguous channel axis is copied. k and v may be one
-        tensor.
+    q_BHTC, k_BGSC, v_BGSC: float32, float64 or bfloat16 (computed in float32), any C, H a multiple of G; head h reads
+        key/value head h % G. Any strides; only a non-contiguous channel axis is copied. k and v may be one tensor.
     scale: factor of q.k, default C ** -0.5.
-    start_BT: int32 or int64, first key position (0..S) a query may see. Query t stands at position S - T + t; a start
-        beyond it means that it sees nothing: output and gradients are exactly 0.
+    start_BT: int32 or int64, first key position (0..S) a query may see. A start beyond the query's own position means
+        that it sees nothing: output and gradients are exactly 0.
     key_mask_BS: bool, False for keys that neither receive mass nor consume stick. Keys that no query sees and queries
         that see no key may hold anything, NaN included: nothing of them enters a result.
+    causal: True: S >= T, query t stands at key position S - T + t and sees the keys up to it, its own included. False:
+        every query stands behind all keys and sees all of them (from its start on), S may be smaller than T: for a
+        block of older keys of a sequence that is split, see `combine`.
     stop: the walk over older keys ends when every stick of a block of 64 queries is shorter than this; 0 never ends
-        it. Default 1e-19, 1e-10, 1e-6 for float64, float32, bfloat16. The outputs change by at most stop * max|v|, the
-        gradients of the skipped logits (which become 0) by at most 2 * stop * max|dO.v|. The naive backend ignores it.
+        it. Default 1e-19, 1e-10, 1e-6 for float64, float32, bfloat16, and 0 with `return_log_rem`. The outputs change
+        by at most stop * max|v|, the gradients of the skipped logits (which become 0) by at most 2 * stop * max|dO.v|.
+        A log_rem whose walk ended is at most log(stop) and at least the true one. The naive backend ignores it.
+    return_log_rem: also return log_rem_BHT, the natural logarithm of what is left of the stick: the sum of log(1 - z)
+        over the keys that the query sees, 0 where it sees none; float32 (float64 for float64). Both outputs are
+        differentiable.
     backend: "auto", "csrc" (CPU) or "naive".
 
-    Returns o_BHTC, of q's dtype and memory layout. Same bits in every run, and for 1 to 8 threads.
+    Returns o_BHTC, of q's dtype and memory layout, or (o_BHTC, log_rem_BHT). Same bits in every run, and for 1 to 8
+    threads.
     Raises ValueError for shapes, types or a backend that do not fit.
     """
-    _check_attention(q_BHTC, k_BGSC, v_BGSC, start_BT, key_mask_BS)
+    _check_attention(q_BHTC, k_BGSC, v_BGSC, start_BT, key_mask_BS, causal)
     scale = q_BHTC.shape[-1] ** -0.5 if scale is None else float(scale)
     name = backends.choose("stickbreaking_attention", backend, q_BHTC.device, IMPLEMENTATIONS, "csrc")
     if name == "naive":
-        return naive.attention(q_BHTC, k_BGSC, v_BGSC, scale, start_BT, key_mask_BS)
+        o, log_rem = naive.attention_and_rest(q_BHTC, k_BGSC, v_BGSC, scale, start_BT, key_mask_BS, causal=causal)
+        return (o, log_rem) if return_log_rem else o
     q, k, v = _channels_last(q_BHTC, k_BGSC, v_BGSC)
+    if return_log_rem or not causal:
+        raise ValueError("stick-breaking attention: return_log_rem and causal=False need backend='naive'")
     return csrc.attention(q, k, v, start_BT, key_mask_BS, scale, _stop(stop, q.dtype))
 
 
@@ -134,16 +181,16 @@ def _check_attention(
     v_BGSC: torch.Tensor,
     start_BT: torch.Tensor | None,
     key_mask_BS: torch.Tensor | None,
+    causal: bool = True,
 ) -> None:
     shapes = f"q {tuple(q_BHTC.shape)}, k {tuple(k_BGSC.shape)}, v {tuple(v_BGSC.shape)}"
     if q_BHTC.dim() != 4 or k_BGSC.dim() != 4 or k_BGSC.shape != v_BGSC.shape:
         raise ValueError(f"stick-breaking attention got {shapes}, expected [B, H, T, C] and twice [B, G, S, C]")
     B, H, T, C = q_BHTC.shape
     G, S = k_BGSC.shape[1:3]
-    if k_BGSC.shape[0] != B or k_BGSC.shape[3] != C or G == 0 or H % G or T > S:
-        raise ValueError(
-            f"stick-breaking attention got {shapes}, expected equal B and C, H a multiple of G, and T <= S"
-        )
+    if k_BGSC.shape[0] != B or k_BGSC.shape[3] != C or G == 0 or H % G or (causal and T > S):
+        order = ", and T <= S" if causal else ""
+        raise ValueError(f"stick-breaking attention got {shapes}, expected equal B and C, H a multiple of G{order}")
     if not q_BHTC.dtype == k_BGSC.dtype == v_BGSC.dtype or q_BHTC.dtype not in DEFAULT_STOP:
         raise ValueError(
             f"stick-breaking attention got q {q_BHTC.dtype}, k {k_BGSC.dtype}, v {v_BGSC.dtype}, expected one of "
