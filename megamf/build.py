@@ -50,7 +50,7 @@ def build_trainer(config: RunConfig, process: Process) -> Iterator[tuple[Trainer
         loader = stack.enter_context(step_loader(train, config, process))
         checkpointing, preemption = Checkpointing(config), Preemption()
         # The guard comes first: a state that went bad is not saved.
-        callbacks = [NonFiniteGuard(), checkpointing, preemption, Metrics(config), ProgressDisplay()]
+        callbacks = [NonFiniteGuard(), checkpointing, preemption, Metrics(config), ProgressDisplay(config.logging.progress)]
         if valid is not None:
             validation = stack.enter_context(step_loader(valid, config, process))
             callbacks.append(Evaluation(validation, valid_bytes_per_token(config)))

@@ -15,9 +15,10 @@ SECONDS_BETWEEN_LINES = 20.0
 
 
 class ProgressDisplay(Callback):
-    """Rank 0 only. Without a terminal: a line every 20 seconds, and always the lines of evaluations."""
+    """Rank 0 only. Without a terminal, or where no bar is wanted: a line every 20 seconds, and always the lines of evaluations."""
 
-    def __init__(self) -> None:
+    def __init__(self, show_bar: bool) -> None:
+        self.show_bar = show_bar
         self.console = Console(stderr=True, highlight=False)
         self.bar: Progress | None = None
         self.last_line = 0.0
@@ -27,7 +28,7 @@ class ProgressDisplay(Callback):
             return
         total, done = trainer.config.train.steps, trainer.step
         self.began, self.first_step = time.monotonic(), done
-        if self.console.is_terminal:
+        if self.show_bar and self.console.is_terminal:
             columns = (TextColumn("step"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"))
             times = (TimeElapsedColumn(), TextColumn("eta"), TimeRemainingColumn())
             self.bar = Progress(*columns, *times, console=self.console)

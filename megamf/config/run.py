@@ -164,7 +164,7 @@ class Logging(Section):
     module_load_every: NonNegativeInt = Field(10, description="steps between module load records; 0 turns them off")
     tensorboard: bool = True
     wandb: str | None = Field(None, description="W&B project; needs the wandb package")
-    progress: bool = True
+    progress: bool = Field(True, description="a progress bar on a terminal; false: plain lines there too")
 
 
 class RunConfig(Section):
