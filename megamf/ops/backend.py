@@ -1,6 +1,7 @@
 """Which implementation an operation runs on: chosen explicitly, logged once, never replaced silently."""
 
 import importlib
+import importlib.util
 import logging
 import os
 from collections.abc import Mapping
@@ -12,6 +13,10 @@ from megamf.errors import UserError
 logger = logging.getLogger(__name__)
 
 HOW_TO_BUILD = "build it with `pip install --no-build-isolation -e .` (torch must be installed first)"
+
+# Where Triton kernels run: without a GPU only in Triton's interpreter, which is for tests.
+TRITON_DEVICES = frozenset({"cuda", "cpu"} if os.environ.get("TRITON_INTERPRET") == "1" else {"cuda"})
+HOW_TO_GET_TRITON = "install it with `pip install triton` (CUDA builds of torch bring their own)"
 
 _logged: set[tuple[str, str, str]] = set()
 
@@ -31,6 +36,11 @@ EXTENSION_ERROR = _load_extension()
 def has_extension() -> bool:
     """Whether the compiled operations of `megamf._C` are registered."""
     return EXTENSION_ERROR is None
+
+
+def has_triton() -> bool:
+    """Whether the package triton is installed (it is imported only where a kernel is used)."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def choose(
@@ -54,6 +64,8 @@ def choose(
 
 def _problem(backend: str, device: torch.device, implementations: Mapping[str, frozenset[str]]) -> str:
     """Why the backend cannot run on the device; empty when it can."""
+    if backend == "triton" and not has_triton():
+        return f"needs the package triton, which is missing: {HOW_TO_GET_TRITON}"
     devices = implementations[backend]
     if device.type != "meta" and devices and device.type not in devices:
         return f"runs on {', '.join(sorted(devices))}, the tensors are on {device.type}"
