@@ -15,7 +15,7 @@ SECONDS_BETWEEN_LINES = 20.0
 
 
 class ProgressDisplay(Callback):
-    """Rank 0 only. Without a terminal, or where no bar is wanted: a line every 20 seconds, and always the lines of evaluations."""
+    """Rank 0 only. Without a terminal, or where no bar is wanted: a line every 20 seconds; evaluations always."""
 
     def __init__(self, show_bar: bool) -> None:
         self.show_bar = show_bar

@@ -47,9 +47,13 @@ def results(corpus, launch, tmp_path_factory) -> Path:
     for ep, stage in ((1, 1), (4, 0), (2, 2)):
         cases[f"accumulated-ep{ep}-zero{stage}"] = case(corpus, ep=ep, stage=stage, micro_batch=1)
     cases["switch"] = case(corpus, ep=2, stage=1, micro_batch=1, steps=2, balance="switch")
+    for scope in ("micro_batch", "rank"):
+        cases[f"scope-{scope}"] = case(corpus, ep=4, stage=1, micro_batch=2, steps=2, scope=scope)
+        cases[f"accumulated-{scope}"] = case(corpus, ep=4, stage=1, micro_batch=1, steps=2, scope=scope)
     alone = {
         "alone": case(corpus, ep=1, stage=0, micro_batch=8),
         "alone-accumulated": case(corpus, ep=1, stage=0, micro_batch=2),
+        "alone-rank": case(corpus, ep=1, stage=0, micro_batch=8, steps=2, scope="rank"),
         "alone-switch": case(corpus, ep=1, stage=1, micro_batch=8, steps=2, balance="switch"),
     }
     launch("layout_worker.py", 1, alone, out / "one")
@@ -134,3 +138,24 @@ def test_switch_loss_is_global(results):
     found = json.loads((results / "four" / "switch.json").read_text())
     for key, values in wanted.items():
         np.testing.assert_allclose(found[key], values, rtol=1e-4, err_msg=key)
+
+
+def test_scopes(results):
+    """micro_batch is the global batch where there is one micro step, and the rank's where there is one rank."""
+
+    def first(group: str, name: str) -> dict[str, float]:
+        return {key: values[0] for key, values in json.loads((results / group / f"{name}.json").read_text()).items()}
+
+    wanted = first("one", "alone")
+    for group, name in (("one", "alone-rank"), ("four", "scope-micro_batch")):
+        assert first(group, name) == pytest.approx(wanted, rel=1e-5), name
+    # Smaller scopes see less even loads: their entropy H(m) is lower, so the balance loss H(m|x) - H(m) is higher.
+    losses = [
+        wanted,
+        first("four", "accumulated-micro_batch"),
+        first("four", "scope-rank"),
+        first("four", "accumulated-rank"),
+    ]
+    aux = [loss["aux_loss"] for loss in losses]
+    assert aux[0] < aux[1] < aux[3] and aux[0] < aux[2] < aux[3]
+    assert all(loss["loss"] == pytest.approx(wanted["loss"], rel=1e-6) for loss in losses)
