@@ -9,10 +9,14 @@
 TORCH_LIBRARY(megamf, m) {
   m.def(
       "stickbreaking_attention(Tensor q_BHTC, Tensor k_BGSC, Tensor v_BGSC, Tensor? start_BT, Tensor? key_mask_BS, float scale, "
-      "float stop) -> Tensor");
+      "float stop, bool causal=True) -> Tensor");
+  m.def(
+      "stickbreaking_attention_rest(Tensor q_BHTC, Tensor k_BGSC, Tensor v_BGSC, Tensor? start_BT, Tensor? key_mask_BS, "
+      "float scale, float stop, bool causal=True) -> (Tensor o_BHTC, Tensor log_rem_BHT)");
   m.def(
       "stickbreaking_attention_backward(Tensor grad_o_BHTC, Tensor q_BHTC, Tensor k_BGSC, Tensor v_BGSC, "
-      "Tensor? start_BT, Tensor? key_mask_BS, float scale, float stop) -> (Tensor, Tensor, Tensor)");
+      "Tensor? start_BT, Tensor? key_mask_BS, float scale, float stop, Tensor? grad_log_rem_BHT=None, bool causal=True) "
+      "-> (Tensor, Tensor, Tensor)");
   m.def(
       "stickbreaking_decode(Tensor q_BHC, Tensor k_BGSC, Tensor v_BGSC, Tensor? start_B, Tensor? key_mask_BS, float scale, "
       "float stop) -> Tensor");
@@ -27,6 +31,7 @@ TORCH_LIBRARY(megamf, m) {
 TORCH_LIBRARY_IMPL(megamf, CPU, m) {
   using namespace megamf;
   m.impl("stickbreaking_attention", stickbreaking_attention_cpu);
+  m.impl("stickbreaking_attention_rest", stickbreaking_attention_rest_cpu);
   m.impl("stickbreaking_attention_backward", stickbreaking_attention_backward_cpu);
   m.impl("stickbreaking_decode", stickbreaking_decode_cpu);
   m.impl("stickbreaking_scan", stickbreaking_scan_cpu);

@@ -17,14 +17,20 @@ namespace megamf {
 
 at::Tensor stickbreaking_attention_cpu(const at::Tensor& q_BHTC, const at::Tensor& k_BGSC, const at::Tensor& v_BGSC,
                                        const std::optional<at::Tensor>& start_BT, const std::optional<at::Tensor>& key_mask_BS,
-                                       double scale, double stop);
+                                       double scale, double stop, bool causal);
+
+// Also log_rem [B, H, T]: the sum of log(1 - z) over the keys that were walked.
+std::tuple<at::Tensor, at::Tensor> stickbreaking_attention_rest_cpu(
+    const at::Tensor& q_BHTC, const at::Tensor& k_BGSC, const at::Tensor& v_BGSC, const std::optional<at::Tensor>& start_BT,
+    const std::optional<at::Tensor>& key_mask_BS, double scale, double stop, bool causal);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> stickbreaking_attention_backward_cpu(
     const at::Tensor& grad_o_BHTC, const at::Tensor& q_BHTC, const at::Tensor& k_BGSC, const at::Tensor& v_BGSC,
-    const std::optional<at::Tensor>& start_BT, const std::optional<at::Tensor>& key_mask_BS, double scale, double stop);
+    const std::optional<at::Tensor>& start_BT, const std::optional<at::Tensor>& key_mask_BS, double scale, double stop,
+    const std::optional<at::Tensor>& grad_log_rem_BHT, bool causal);
 
 // Raises unless the shapes, types and layouts fit together.
-void check_attention(const at::Tensor& q_BHTC, const at::Tensor& k_BGSC, const at::Tensor& v_BGSC);
+void check_attention(const at::Tensor& q_BHTC, const at::Tensor& k_BGSC, const at::Tensor& v_BGSC, bool causal);
 
 // K = V: one staged copy serves both.
 inline bool same_rows(const at::Tensor& k_BGSC, const at::Tensor& v_BGSC) {
@@ -60,20 +66,22 @@ struct QueryTile {
     newest_end = 0;
     oldest = vis.S;
     common_first = 0;
-    common_end = vis.S - vis.T + t0 + 1;
+    common_end = vis.last(t0) + 1;
     live = false;
     for (int64_t i = 0; i < kTileQueries; ++i) {
       const bool lane = i < queries && vis.query_live_BT[b * vis.T + t0 + i];
       rows.stick[i] = lane ? 1 : 0;
       rows.tail[i] = 0;
       rows.prefix[i] = 0;
+      rows.log_rem[i] = 0;
+      rows.log_rem_low[i] = 0;
       if (!lane) {  // sees nothing
         rows.first[i] = 1;
         rows.last[i] = 0;
         common_end = 0;
         continue;
       }
-      const int64_t first = vis.first_BT[b * vis.T + t0 + i], last = vis.S - vis.T + t0 + i;
+      const int64_t first = vis.first_BT[b * vis.T + t0 + i], last = vis.last(t0 + i);
       rows.first[i] = static_cast<LaneInt<T>>(first);
       rows.last[i] = static_cast<LaneInt<T>>(last);
       newest_end = std::max(newest_end, last + 1);
@@ -97,7 +105,7 @@ struct QueryTile {
 
   // The newest tile when it is the exact square on the diagonal: key row r is seen by query lanes >= r.
   bool square(const Visibility& vis, int64_t k0, int64_t keys) const {
-    return k0 == vis.S - vis.T + t0 && keys == kTileQueries;
+    return vis.causal && k0 == vis.last(t0) && keys == kTileQueries;
   }
 };
 

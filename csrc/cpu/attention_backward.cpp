@@ -48,6 +48,7 @@ struct Backward {
   T scale, stop;
   Shape s;
   at::Tensor& grad_q_BHTC;
+  const T* grad_log_rem_BHT;  // null: no gradient comes from what is left of the stick
 
   int64_t width() const { return padded<T>(s.C); }
   int64_t pitch() const { return spread<T>(s.C); }
@@ -61,6 +62,8 @@ struct Backward {
       read_queries<In, T>(grad_o_BHTC, vis, tile, h, T(1), w.grad_o.get(), pitch(), width());
       transpose_tile(w.q.get(), pitch(), width(), w.qt.get());
       transpose_tile(w.grad_o.get(), pitch(), width(), w.grad_ot.get());
+      for (int64_t i = 0; grad_log_rem_BHT && i < tile.queries; ++i)
+        if (tile.lane_live(vis, i)) w.rows.prefix[i] = grad_log_rem_BHT[(b * s.H + h) * s.T + tile.t0 + i];
       walk(tile, g, grad_k, grad_v, w);
     }
     for (int64_t i = 0; i < tile.queries; ++i)
@@ -89,9 +92,9 @@ struct Backward {
     T *a = w.weights.get() + at, *z = w.shares.get() + at;
     gemm(false, part, count, tile.lanes, width(), keys.row(tile.b, g, k0), keys.s, 1, w.qt.get(), kTileQueries, a, kTileQueries);
     if (tile.full(vis, k0, count))
-      walk_down<T, false, true>(a, z, tile.lanes, count, k0, nullptr, w.rows);
+      walk_down<T, false, true, false>(a, z, tile.lanes, count, k0, nullptr, w.rows);
     else
-      walk_down<T, true, true>(a, z, tile.lanes, count, k0, vis.key_live_BS.data() + tile.b * s.S + k0, w.rows);
+      walk_down<T, true, true, false>(a, z, tile.lanes, count, k0, vis.key_live_BS.data() + tile.b * s.S + k0, w.rows);
   }
 
   void up(const QueryTile<T>& tile, int64_t g, int64_t k0, int64_t count, int64_t at, T* grad_k, T* grad_v, Scratch<T>& w) const {
@@ -129,14 +132,14 @@ void add_splits(const T* parts, int64_t splits, int64_t size, int64_t pitch, at:
 
 template <class In>
 void backward(const at::Tensor& grad_o_BHTC, const at::Tensor& q_BHTC, const at::Tensor& k_BGSC, const at::Tensor& v_BGSC,
-              const Visibility& vis, Acc<In> scale, Acc<In> stop, at::Tensor& grad_q, at::Tensor& grad_k,
-              at::Tensor& grad_v) {
+              const Visibility& vis, Acc<In> scale, Acc<In> stop, const Acc<In>* grad_log_rem, at::Tensor& grad_q,
+              at::Tensor& grad_k, at::Tensor& grad_v) {
   using T = Acc<In>;
   const Shape s = shape_of(q_BHTC, k_BGSC);
   const bool clean = !vis.any_dead_key();
   const Rows4<T> keys = stage<In>(k_BGSC, vis.key_live_BS.data(), clean);
   const Rows4<T> values = same_rows(k_BGSC, v_BGSC) ? keys : stage<In>(v_BGSC, vis.key_live_BS.data(), clean);
-  const Backward<In> pass{grad_o_BHTC, q_BHTC, vis, keys, values, scale, stop, s, grad_q};
+  const Backward<In> pass{grad_o_BHTC, q_BHTC, vis, keys, values, scale, stop, s, grad_q, grad_log_rem};
   const int64_t splits = num_splits(s), size = s.S * pass.pitch(), tiles = s.query_tiles(), lanes = s.H / s.G * tiles;
   const auto options = k_BGSC.options().dtype(c10::CppTypeToScalarType<T>::value);
   at::Tensor parts_k = at::empty({s.B * s.G * splits, size}, options), parts_v = at::empty_like(parts_k);
@@ -160,18 +163,24 @@ void backward(const at::Tensor& grad_o_BHTC, const at::Tensor& q_BHTC, const at:
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> stickbreaking_attention_backward_cpu(
     const at::Tensor& grad_o_BHTC, const at::Tensor& q_BHTC, const at::Tensor& k_BGSC, const at::Tensor& v_BGSC,
-    const std::optional<at::Tensor>& start_BT, const std::optional<at::Tensor>& key_mask_BS, double scale, double stop) {
-  check_attention(q_BHTC, k_BGSC, v_BGSC);
+    const std::optional<at::Tensor>& start_BT, const std::optional<at::Tensor>& key_mask_BS, double scale, double stop,
+    const std::optional<at::Tensor>& grad_log_rem_BHT, bool causal) {
+  check_attention(q_BHTC, k_BGSC, v_BGSC, causal);
   TORCH_CHECK_VALUE(grad_o_BHTC.sizes() == q_BHTC.sizes() && grad_o_BHTC.scalar_type() == q_BHTC.scalar_type(), "grad_o is ",
                     grad_o_BHTC.scalar_type(), " ", grad_o_BHTC.sizes(), ", expected that of q, ", q_BHTC.scalar_type(), " ",
                     q_BHTC.sizes());
-  const Visibility vis = visibility(q_BHTC.size(0), q_BHTC.size(2), k_BGSC.size(2), start_BT, key_mask_BS);
+  const Visibility vis = visibility(q_BHTC.size(0), q_BHTC.size(2), k_BGSC.size(2), causal, start_BT, key_mask_BS);
   // Expanded gradients (as of a sum) have no contiguous channels.
   const at::Tensor grad_o = grad_o_BHTC.stride(3) == 1 || grad_o_BHTC.size(3) <= 1 ? grad_o_BHTC : grad_o_BHTC.contiguous();
+  TORCH_CHECK_VALUE(!grad_log_rem_BHT || grad_log_rem_BHT->sizes() == q_BHTC.sizes().slice(0, 3), "grad_log_rem has shape ",
+                    grad_log_rem_BHT->sizes(), ", expected that of q without channels, ", q_BHTC.sizes());
   at::Tensor grad_q = at::empty_like(q_BHTC), grad_k = at::empty_like(k_BGSC), grad_v = at::empty_like(v_BGSC);
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, q_BHTC.scalar_type(), "stickbreaking_attention_backward", [&] {
-    backward<scalar_t>(grad_o, q_BHTC, k_BGSC, v_BGSC, vis, static_cast<Acc<scalar_t>>(scale),
-                       static_cast<Acc<scalar_t>>(stop), grad_q, grad_k, grad_v);
+    using T = Acc<scalar_t>;
+    at::Tensor grad_log_rem;
+    if (grad_log_rem_BHT) grad_log_rem = grad_log_rem_BHT->to(c10::CppTypeToScalarType<T>::value).contiguous();
+    backward<scalar_t>(grad_o, q_BHTC, k_BGSC, v_BGSC, vis, static_cast<T>(scale), static_cast<T>(stop),
+                       grad_log_rem.defined() ? grad_log_rem.const_data_ptr<T>() : nullptr, grad_q, grad_k, grad_v);
   });
   return {grad_q, grad_k, grad_v};
 }

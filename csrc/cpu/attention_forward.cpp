@@ -10,9 +10,9 @@ namespace megamf {
 
 namespace {
 
-template <class In>
+template <class In, bool kRest>
 void forward(const at::Tensor& q_BHTC, const at::Tensor& k_BGSC, const at::Tensor& v_BGSC, const Visibility& vis, Acc<In> scale,
-             Acc<In> stop, at::Tensor& o_BHTC) {
+             Acc<In> stop, at::Tensor& o_BHTC, Acc<In>* log_rem_BHT) {
   using T = Acc<In>;
   const Shape s = shape_of(q_BHTC, k_BGSC);
   const int64_t width = padded<T>(s.C), pitch = spread<T>(s.C), tiles = s.query_tiles();
@@ -37,9 +37,9 @@ void forward(const at::Tensor& q_BHTC, const at::Tensor& k_BGSC, const at::Tenso
         gemm(false, square ? Part::kUpperC : Part::kAll, count, tile.lanes, width, keys.row(b, g, k0), keys.s, 1, qt.get(),
              kTileQueries, a.get(), kTileQueries);
         if (tile.full(vis, k0, count))
-          walk_down<T, false, false>(a.get(), nullptr, tile.lanes, count, k0, nullptr, rows);
+          walk_down<T, false, false, kRest>(a.get(), nullptr, tile.lanes, count, k0, nullptr, rows);
         else
-          walk_down<T, true, false>(a.get(), nullptr, tile.lanes, count, k0, vis.key_live_BS.data() + b * s.S + k0, rows);
+          walk_down<T, true, false, kRest>(a.get(), nullptr, tile.lanes, count, k0, vis.key_live_BS.data() + b * s.S + k0, rows);
         gemm(true, square ? Part::kLowerA : Part::kAll, tile.queries, width, count, a.get(), 1, kTileQueries,
              values.row(b, g, k0), values.s, o.get(), pitch);
         end_key = k0;
@@ -48,6 +48,7 @@ void forward(const at::Tensor& q_BHTC, const at::Tensor& k_BGSC, const at::Tenso
         const int64_t t = tile.t0 + i;
         write_row(o.get() + i * pitch,
                   o_BHTC.mutable_data_ptr<In>() + b * o_BHTC.stride(0) + h * o_BHTC.stride(1) + t * o_BHTC.stride(2), s.C, T(1));
+        if (kRest) log_rem_BHT[(b * s.H + h) * s.T + t] = rows.log_rem[i] + rows.log_rem_low[i];
       }
     }
   });
@@ -55,13 +56,13 @@ void forward(const at::Tensor& q_BHTC, const at::Tensor& k_BGSC, const at::Tenso
 
 }  // namespace
 
-void check_attention(const at::Tensor& q_BHTC, const at::Tensor& k_BGSC, const at::Tensor& v_BGSC) {
+void check_attention(const at::Tensor& q_BHTC, const at::Tensor& k_BGSC, const at::Tensor& v_BGSC, bool causal) {
   TORCH_CHECK_VALUE(q_BHTC.dim() == 4 && k_BGSC.dim() == 4, "q and k have ", q_BHTC.dim(), " and ", k_BGSC.dim(),
                     " dimensions, expected 4 and 4");
   TORCH_CHECK_VALUE(k_BGSC.sizes() == v_BGSC.sizes(), "k ", k_BGSC.sizes(), " and v ", v_BGSC.sizes(), " differ in shape");
   TORCH_CHECK_VALUE(q_BHTC.size(0) == k_BGSC.size(0) && q_BHTC.size(3) == k_BGSC.size(3), "q ", q_BHTC.sizes(), " and k ",
                     k_BGSC.sizes(), " differ in batch or channels");
-  TORCH_CHECK_VALUE(q_BHTC.size(2) <= k_BGSC.size(2), "T = ", q_BHTC.size(2), " queries but S = ", k_BGSC.size(2), " keys");
+  TORCH_CHECK_VALUE(!causal || q_BHTC.size(2) <= k_BGSC.size(2), "T = ", q_BHTC.size(2), " queries but S = ", k_BGSC.size(2), " keys");
   TORCH_CHECK_VALUE(k_BGSC.size(1) > 0 && q_BHTC.size(1) % k_BGSC.size(1) == 0, "H = ", q_BHTC.size(1),
                     " query heads are not a multiple of G = ", k_BGSC.size(1), " key heads");
   for (const at::Tensor* x : {&q_BHTC, &k_BGSC, &v_BGSC}) {
@@ -73,14 +74,30 @@ void check_attention(const at::Tensor& q_BHTC, const at::Tensor& k_BGSC, const a
 
 at::Tensor stickbreaking_attention_cpu(const at::Tensor& q_BHTC, const at::Tensor& k_BGSC, const at::Tensor& v_BGSC,
                                        const std::optional<at::Tensor>& start_BT, const std::optional<at::Tensor>& key_mask_BS,
-                                       double scale, double stop) {
-  check_attention(q_BHTC, k_BGSC, v_BGSC);
-  const Visibility vis = visibility(q_BHTC.size(0), q_BHTC.size(2), k_BGSC.size(2), start_BT, key_mask_BS);
+                                       double scale, double stop, bool causal) {
+  check_attention(q_BHTC, k_BGSC, v_BGSC, causal);
+  const Visibility vis = visibility(q_BHTC.size(0), q_BHTC.size(2), k_BGSC.size(2), causal, start_BT, key_mask_BS);
   at::Tensor o_BHTC = at::empty_like(q_BHTC);
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, q_BHTC.scalar_type(), "stickbreaking_attention", [&] {
-    forward<scalar_t>(q_BHTC, k_BGSC, v_BGSC, vis, static_cast<Acc<scalar_t>>(scale), static_cast<Acc<scalar_t>>(stop), o_BHTC);
+    using T = Acc<scalar_t>;
+    forward<scalar_t, false>(q_BHTC, k_BGSC, v_BGSC, vis, static_cast<T>(scale), static_cast<T>(stop), o_BHTC, nullptr);
   });
   return o_BHTC;
+}
+
+std::tuple<at::Tensor, at::Tensor> stickbreaking_attention_rest_cpu(
+    const at::Tensor& q_BHTC, const at::Tensor& k_BGSC, const at::Tensor& v_BGSC, const std::optional<at::Tensor>& start_BT,
+    const std::optional<at::Tensor>& key_mask_BS, double scale, double stop, bool causal) {
+  check_attention(q_BHTC, k_BGSC, v_BGSC, causal);
+  const Visibility vis = visibility(q_BHTC.size(0), q_BHTC.size(2), k_BGSC.size(2), causal, start_BT, key_mask_BS);
+  at::Tensor o_BHTC = at::empty_like(q_BHTC), log_rem_BHT;
+  AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, q_BHTC.scalar_type(), "stickbreaking_attention_rest", [&] {
+    using T = Acc<scalar_t>;
+    log_rem_BHT = at::empty(q_BHTC.sizes().slice(0, 3), q_BHTC.options().dtype(c10::CppTypeToScalarType<T>::value));
+    forward<scalar_t, true>(q_BHTC, k_BGSC, v_BGSC, vis, static_cast<T>(scale), static_cast<T>(stop), o_BHTC,
+                            log_rem_BHT.mutable_data_ptr<T>());
+  });
+  return {o_BHTC, log_rem_BHT};
 }
 
 }  // namespace megamf

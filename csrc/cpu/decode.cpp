@@ -122,7 +122,7 @@ at::Tensor stickbreaking_decode_cpu(const at::Tensor& q_BHC, const at::Tensor& k
                                     const std::optional<at::Tensor>& start_B, const std::optional<at::Tensor>& key_mask_BS,
                                     double scale, double stop) {
   TORCH_CHECK_VALUE(q_BHC.dim() == 3, "q has ", q_BHC.dim(), " dimensions, expected 3 ([B, H, C])");
-  check_attention(q_BHC.unsqueeze(2), k_BGSC, v_BGSC);
+  check_attention(q_BHC.unsqueeze(2), k_BGSC, v_BGSC, true);
   const int64_t B = q_BHC.size(0), S = k_BGSC.size(2);
   std::vector<int64_t> start(B, 0);
   if (start_B) {

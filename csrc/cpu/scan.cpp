@@ -25,6 +25,8 @@ struct RowTile {
       state.stick[i] = i < rows ? 1 : 0;
       state.tail[i] = 0;
       state.prefix[i] = 0;
+      state.log_rem[i] = 0;
+      state.log_rem_low[i] = 0;
       const int64_t last = i < rows ? S - T_ + (x0 + i) % T_ : -1;
       const int64_t first = i < rows ? (start ? std::clamp<int64_t>(start[x0 + i], 0, S) : 0) : 1;
       state.first[i] = static_cast<LaneInt<T>>(first);
@@ -65,7 +67,7 @@ void scan(const In* logits, const In* grad, int64_t total, int64_t T_, int64_t S
         const int64_t k0 = std::max(tile.oldest, last - kTileKeys), at = grad ? steps * kTileKeys * kTileQueries : 0;
         T* a = weights.get() + at;
         gather(logits + x0 * S, S, tile.rows, k0, last - k0, a);
-        walk_down<T, true, true>(a, shares.get() + at, kTileQueries, last - k0, k0, nullptr, state);
+        walk_down<T, true, true, false>(a, shares.get() + at, kTileQueries, last - k0, k0, nullptr, state);
         if (!grad) scatter(a, S, tile.rows, k0, last - k0, out + x0 * S);
         last = k0;
       }

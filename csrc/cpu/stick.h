@@ -8,7 +8,8 @@
 //
 // Gradient: with g_j = dO.v_j and t_j = A_j g_j,  dl_j = (1 - z_j) t_j - z_j * sum_{m<j} t_m.  The prefix sum runs from the oldest key
 // up, so the walk down keeps the weights and shares of a strip of keys x 64 queries, and a walk up finishes. (The
-// prefix as a difference, dO.o minus the newer terms, would need no strip, and costs a factor of 5 to 50 in accuracy.)
+// prefix as a difference, dO.o minus the newer terms, would need no strip, and costs a factor of 5 to 50 in accuracy.) The logarithm of what is left adds
+// -z_j times its gradient to dl_j: the prefix sum starts from it.
 #pragma once
 
 #include "vec.h"
@@ -23,7 +24,9 @@ template <class T>
 struct alignas(64) Rows {
   T stick[kTileQueries];
   T tail[kTileQueries];
-  T prefix[kTileQueries];  // backward: sum of t over the keys already passed on the way up
+  T prefix[kTileQueries];  // backward: sum of t over the keys already passed on the way up, from the gradient of log_rem on
+  T log_rem[kTileQueries];  // sum of log(1 - z), where it is asked for; what rounding took from it
+  T log_rem_low[kTileQueries];
   LaneInt<T> first[kTileQueries];
   LaneInt<T> last[kTileQueries];
 };
@@ -58,6 +61,22 @@ MEGAMF_INLINE Break<T> break_stick(Vec<T> logit, bool masked, IntVec<T> seen, Ve
   return out;
 }
 
+// log(1 - sigmoid(l)) = -(max(l, 0) + log(1 + e^-|l|)) for any finite l: log(stick) would end where the stick underflows.
+template <class T>
+MEGAMF_INLINE Vec<T> log_left(Vec<T> logit) {
+  const Vec<T> zero{}, above = logit > zero ? logit : zero;
+  const Vec<T> u = exp(clamp<T>(logit - above - above, -kMaxExponent<T>, T(0)));  // (l - 2 max(l, 0)) = -|l|
+  return zero - above - log1p_unit<T>(u);
+}
+
+// sum + low += x: thousands of keys must not lose digits to rounding (two-sum).
+template <class T>
+MEGAMF_INLINE void add_exactly(Vec<T> x, Vec<T>& sum, Vec<T>& low) {
+  const Vec<T> next = sum + x, part = next - sum;
+  low += (sum - (next - part)) + (x - part);
+  sum = next;
+}
+
 template <class T>
 MEGAMF_INLINE IntVec<T> seen_lanes(int64_t key, const uint8_t* key_ok, int64_t j, IntVec<T> first, IntVec<T> last) {
   const IntVec<T> at = static_cast<LaneInt<T>>(key) + IntVec<T>{};
@@ -66,22 +85,32 @@ MEGAMF_INLINE IntVec<T> seen_lanes(int64_t key, const uint8_t* key_ok, int64_t j
 }
 
 // tile[j, i], i < lanes: logits in, weights out; row j is key k0 + j; key_ok[j] (may be null) is false for masked keys.
-// kShares: the shares, as in Break, go to share[j, i].
-template <class T, bool kMasked, bool kShares>
+// kShares: the shares, as in Break, go to share[j, i]. kRest: rows.log_rem is kept.
+template <class T, bool kMasked, bool kShares, bool kRest>
 void walk_down(T* tile, T* share, int64_t lanes, int64_t keys, int64_t k0, const uint8_t* key_ok, Rows<T>& rows) {
   for (int64_t i = 0; i < lanes; i += kLanes<T>) {
     Vec<T> stick = load(rows.stick + i), tail = load(rows.tail + i);
+    Vec<T> log_rem = load(rows.log_rem + i), log_rem_low = load(rows.log_rem_low + i);
     const IntVec<T> first = load_int<T>(rows.first + i), last = load_int<T>(rows.last + i);
     for (int64_t j = keys - 1; j >= 0; --j) {
       const int64_t at = j * kTileQueries + i;
       IntVec<T> seen{};
       if (kMasked) seen = seen_lanes<T>(k0 + j, key_ok, j, first, last);
-      const Break<T> b = break_stick<T>(load(tile + at), kMasked, seen, stick, tail);
+      const Vec<T> logit = load(tile + at);
+      const Break<T> b = break_stick<T>(logit, kMasked, seen, stick, tail);
+      if (kRest) {
+        const Vec<T> left = log_left<T>(logit);
+        add_exactly<T>(!kMasked ? left : seen ? left : Vec<T>{}, log_rem, log_rem_low);
+      }
       store(tile + at, b.weight);
       if (kShares) store(share + at, b.share);
     }
     store(rows.stick + i, stick);
     store(rows.tail + i, tail);
+    if (kRest) {
+      store(rows.log_rem + i, log_rem);
+      store(rows.log_rem_low + i, log_rem_low);
+    }
   }
 }
 

@@ -26,11 +26,11 @@ bool Visibility::any_dead_key() const {
   return std::any_of(all_keys_B.begin(), all_keys_B.end(), [](uint8_t all) { return !all; });
 }
 
-Visibility visibility(int64_t B, int64_t T, int64_t S, const std::optional<at::Tensor>& start_BT,
+Visibility visibility(int64_t B, int64_t T, int64_t S, bool causal, const std::optional<at::Tensor>& start_BT,
                       const std::optional<at::Tensor>& key_mask_BS) {
   // Positions live in 32-bit lanes next to the float logits.
   TORCH_CHECK_VALUE(S < (int64_t(1) << 31) - 1, "S = ", S, " keys, at most 2^31 - 2 are supported");
-  Visibility vis{B, T, S, {}, std::vector<uint8_t>(B * T), std::vector<uint8_t>(B * S), std::vector<uint8_t>(B)};
+  Visibility vis{B, T, S, causal, {}, std::vector<uint8_t>(B * T), std::vector<uint8_t>(B * S), std::vector<uint8_t>(B)};
   vis.first_BT = start_BT ? starts(*start_BT, B, T, S) : std::vector<int64_t>(B * T, 0);
   at::Tensor mask;
   if (key_mask_BS) {
@@ -45,7 +45,7 @@ Visibility visibility(int64_t B, int64_t T, int64_t S, const std::optional<at::T
     for (int64_t j = 0; j < S; ++j) unmasked_before[j + 1] = unmasked_before[j] + (ok == nullptr || ok[j]);
     std::fill(cover.begin(), cover.end(), 0);
     for (int64_t t = 0; t < T; ++t) {
-      const int64_t first = vis.first_BT[b * T + t], end = S - T + t + 1;
+      const int64_t first = vis.first_BT[b * T + t], end = vis.last(t) + 1;
       const bool live = first < end && unmasked_before[end] > unmasked_before[first];
       vis.query_live_BT[b * T + t] = live;
       if (!live) continue;

@@ -104,9 +104,10 @@ def stickbreaking_attention(
         o, log_rem = naive.attention_and_rest(q_BHTC, k_BGSC, v_BGSC, scale, start_BT, key_mask_BS, causal=causal)
         return (o, log_rem) if return_log_rem else o
     q, k, v = _channels_last(q_BHTC, k_BGSC, v_BGSC)
-    if return_log_rem or not causal:
-        raise ValueError("stick-breaking attention: return_log_rem and causal=False need backend='naive'")
-    return csrc.attention(q, k, v, start_BT, key_mask_BS, scale, _stop(stop, q.dtype))
+    if return_log_rem:
+        stop = 0.0 if stop is None else _stop(stop, q.dtype)
+        return csrc.attention_rest(q, k, v, start_BT, key_mask_BS, scale, stop, causal)
+    return csrc.attention(q, k, v, start_BT, key_mask_BS, scale, _stop(stop, q.dtype), causal)
 
 
 def stickbreaking_decode(

@@ -1,8 +1,8 @@
 """Stick-breaking attention over two blocks of keys as one: what a sequence split over processes needs.
 
-A block of keys turns into (o, log_rem): the attention output over these keys alone, and the logarithm of what they leave
-of the stick. The newer block breaks the stick first; the older one gets what is left. The operation is associative, so
-any number of blocks combine pairwise, in any grouping that keeps their order.
+A block of keys turns into (o, log_rem): the attention output over these keys alone, and the logarithm of what they
+leave of the stick. The newer block breaks the stick first; the older one gets what is left. The operation is
+associative, so any number of blocks combine pairwise, in any grouping that keeps their order.
 
 Shapes: `B` batch, `H` query heads, `T` query time, `C` channels of a head.
 """

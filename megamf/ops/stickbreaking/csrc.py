@@ -12,6 +12,7 @@ from megamf.ops import backend
 assert backend.has_extension(), "import this module only when the extension is there"
 
 attention = torch.ops.megamf.stickbreaking_attention
+attention_rest = torch.ops.megamf.stickbreaking_attention_rest
 attention_backward = torch.ops.megamf.stickbreaking_attention_backward
 decode = torch.ops.megamf.stickbreaking_decode
 scan = torch.ops.megamf.stickbreaking_scan
@@ -19,12 +20,17 @@ scan_backward = torch.ops.megamf.stickbreaking_scan_backward
 
 
 @torch.library.register_fake("megamf::stickbreaking_attention")
-def _attention_fake(q, k, v, start_BT, key_mask_BS, scale, stop):
+def _attention_fake(q, k, v, start_BT, key_mask_BS, scale, stop, causal=True):
     return torch.empty_like(q)
 
 
+@torch.library.register_fake("megamf::stickbreaking_attention_rest")
+def _attention_rest_fake(q, k, v, start_BT, key_mask_BS, scale, stop, causal=True):
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
 @torch.library.register_fake("megamf::stickbreaking_attention_backward")
-def _attention_backward_fake(grad_o, q, k, v, start_BT, key_mask_BS, scale, stop):
+def _attention_backward_fake(grad_o, q, k, v, start_BT, key_mask_BS, scale, stop, grad_log_rem_BHT=None, causal=True):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
@@ -43,14 +49,14 @@ def _scan_backward_fake(grad, logits, start):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _attention_setup(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
-    q, k, v, start_BT, key_mask_BS, ctx.scale, ctx.stop = inputs
+def _attention_setup(ctx: Any, inputs: tuple, output: Any) -> None:
+    q, k, v, start_BT, key_mask_BS, ctx.scale, ctx.stop, ctx.causal = inputs
     ctx.save_for_backward(q, k, v, start_BT, key_mask_BS)
 
 
-def _attention_grad(ctx: Any, grad_o: torch.Tensor) -> tuple:
-    grads = attention_backward(grad_o, *ctx.saved_tensors, ctx.scale, ctx.stop)
-    return (*grads, None, None, None, None)
+def _attention_grad(ctx: Any, grad_o: torch.Tensor, grad_log_rem: torch.Tensor | None = None) -> tuple:
+    grads = attention_backward(grad_o, *ctx.saved_tensors, ctx.scale, ctx.stop, grad_log_rem, ctx.causal)
+    return (*grads, None, None, None, None, None)
 
 
 def _scan_setup(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
@@ -63,4 +69,5 @@ def _scan_grad(ctx: Any, grad: torch.Tensor) -> tuple:
 
 
 torch.library.register_autograd("megamf::stickbreaking_attention", _attention_grad, setup_context=_attention_setup)
+torch.library.register_autograd("megamf::stickbreaking_attention_rest", _attention_grad, setup_context=_attention_setup)
 torch.library.register_autograd("megamf::stickbreaking_scan", _scan_grad, setup_context=_scan_setup)
