@@ -4,8 +4,37 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from megamf.checkpoint import module_table, save
 from megamf.data.indexed import IndexedWriter, Metadata
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads that wait for each other take far longer than the work of tiny models."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def save_model():
+    """save_model(root, model, step=0, state={}) -> step directory with the weights of a whole model, and no more."""
+
+    def run(root: Path, model, step: int = 0, state: dict | None = None) -> Path:
+        tensors = {}
+        for key, value in model.state_dict().items():
+            parts = {f".{e}": value[e] for e in range(len(value))} if value.dim() == 3 else {"": value}
+            tensors |= {f"weights/{key}{suffix}": part for suffix, part in parts.items()}
+        config = model.config
+        dense = config.kind == "dense"
+        modules = [] if dense else module_table(config.n_layer, config.n_att_experts, config.n_mlp_experts)
+        tree = {"kind": config.kind} | config.model_dump(mode="json", exclude_unset=dense)
+        return save(root, step, tensors, state or {}, modules, tree, run_id="r")
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -18,15 +18,6 @@ TINY = {
 SHARED_KV = {"n_head": 1, "att_hidden": 16}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads that wait for each other take far longer than the work of tiny models."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def tiny():
     return lambda **changes: ModelConfig(**{**TINY, **changes})

@@ -34,15 +34,6 @@ def randomise(model, seed=0):
     return model
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads that wait for each other take far longer than the work of tiny models."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def make_config():
     return tiny_config

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from megamf.checkpoint import module_table, save
 from megamf.cli import run
 from megamf.config import ModelConfig
 from megamf.data.indexed import IndexedWriter, Metadata
@@ -17,18 +16,14 @@ from megamf.tools.evaluate import main
 
 
 @pytest.fixture
-def checkpoint(tmp_path):
+def checkpoint(tmp_path, save_model):
     config = ModelConfig(
         vocab_size=64, n_layer=1, n_embd=16, att_hidden=16, ffd_hidden=16, n_att_experts=2, n_mlp_experts=2,
         k_att=1, k_mlp=1, gating_size=4, block_size=8, history_length=8,
     )  # fmt: skip
     model = ModuleFormer(config)
     initialise(model, config, 0)
-    tensors = {}
-    for key, value in model.state_dict().items():
-        parts = {f".{e}": value[e] for e in range(len(value))} if value.dim() == 3 else {"": value}
-        tensors |= {f"weights/{key}{suffix}": part for suffix, part in parts.items()}
-    return save(tmp_path / "run", 0, tensors, {}, module_table(1, 2, 2), config.model_dump(mode="json"), run_id="r")
+    return save_model(tmp_path / "run", model)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import megamf.hf  # noqa: F401  (registers the model type)
-from megamf.checkpoint import module_table, save
 from megamf.cli import run
 from megamf.config import ModelConfig
 from megamf.data.tokenizer import load_tokenizer, train_sentencepiece
@@ -15,21 +14,14 @@ from megamf.tools.export_hf import main
 
 
 @pytest.fixture
-def checkpoint(tmp_path):
+def checkpoint(tmp_path, save_model):
     def make(**changes):
         sizes = {"vocab_size": 290, "n_layer": 1, "n_embd": 16, "att_hidden": 16, "ffd_hidden": 16}
         experts = {"n_att_experts": 2, "n_mlp_experts": 2, "k_att": 1, "k_mlp": 1, "gating_size": 4}
         config = ModelConfig(**{**sizes, **({} if changes.get("kind") == "dense" else experts), **changes})
         model = ModuleFormer(config)
         initialise(model, config, 0)
-        tensors = {}
-        for key, value in model.state_dict().items():
-            parts = {f".{e}": value[e] for e in range(len(value))} if value.dim() == 3 else {"": value}
-            tensors |= {f"weights/{key}{suffix}": part for suffix, part in parts.items()}
-        tree = config.model_dump(mode="json", exclude_unset=config.kind == "dense")
-        modules = [] if config.kind == "dense" else module_table(1, 2, 2)
-        root = tmp_path / "run" / f"{config.kind}-{config.vocab_size}"
-        return str(save(root, 0, tensors, {}, modules, tree, run_id="r"))
+        return str(save_model(tmp_path / "run" / f"{config.kind}-{config.vocab_size}", model))
 
     return make
 

@@ -5,7 +5,6 @@ import json
 
 import pytest
 
-from megamf.checkpoint import module_table, save
 from megamf.cli import run
 from megamf.config import ModelConfig
 from megamf.data.tokenizer import load_tokenizer, train_sentencepiece
@@ -21,7 +20,7 @@ def tokenizer(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def make_checkpoint(tmp_path_factory):
+def make_checkpoint(tmp_path_factory, save_model):
     def make(vocab):
         config = ModelConfig(
             vocab_size=vocab, n_layer=1, n_embd=16, att_hidden=16, ffd_hidden=16, n_att_experts=2, n_mlp_experts=2,
@@ -29,12 +28,7 @@ def make_checkpoint(tmp_path_factory):
         )  # fmt: skip
         model = ModuleFormer(config)
         initialise(model, config, 0)
-        tensors = {}
-        for key, value in model.state_dict().items():
-            parts = {f".{e}": value[e] for e in range(len(value))} if value.dim() == 3 else {"": value}
-            tensors |= {f"weights/{key}{suffix}": part for suffix, part in parts.items()}
-        root = tmp_path_factory.mktemp("run")
-        return save(root, 0, tensors, {}, module_table(1, 2, 2), config.model_dump(mode="json"), run_id="r")
+        return save_model(tmp_path_factory.mktemp("run"), model)
 
     return make
 
