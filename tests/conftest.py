@@ -10,13 +10,10 @@ from megamf.checkpoint import module_table, save
 from megamf.data.indexed import IndexedWriter, Metadata
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Threads that wait for each other take far longer than the work of tiny models."""
-    before = torch.get_num_threads()
+    """Threads that wait for each other take far longer than the work of tiny models, and round differently."""
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

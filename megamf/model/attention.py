@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from megamf.config import ModelConfig
+from megamf.model.backends import Backends
 from megamf.model.cache import LayerCache
 from megamf.model.dispatch import Dispatcher
 from megamf.model.experts import RoutedExperts
@@ -22,10 +23,11 @@ class ExpertAttention(nn.Module):
     K = V = x where `config.shares_kv` (all released models), else linear maps with bias.
     """
 
-    def __init__(self, config: ModelConfig, dispatcher: Dispatcher) -> None:
+    def __init__(self, config: ModelConfig, dispatcher: Dispatcher, backends: Backends = Backends()) -> None:
         super().__init__()
         self.num_heads = config.n_head
-        self.q_proj = RoutedExperts(config, config.n_att_experts, config.k_att, config.att_hidden, dispatcher)
+        self.backend = backends.attention
+        self.q_proj = RoutedExperts(config, config.n_att_experts, config.k_att, config.att_hidden, dispatcher, backends)
         if config.shares_kv:
             self.k_proj = self.v_proj = None
         else:
@@ -46,17 +48,24 @@ class ExpertAttention(nn.Module):
         routing = experts.gate(x_ND)
         plan = experts.dispatcher.plan(routing.expert_NK, experts.num_experts)
 
-        q_RA = experts.experts(experts.dispatcher.dispatch(x_ND, plan), plan.count_L)
-        q_NKA = experts.dispatcher.combine(q_RA, plan, None)
+        fused = experts.fuses(x_ND, plan)
+        if fused:
+            q_NKA = experts.project_in(x_ND, plan, 1)
+        else:
+            q_RA = experts.experts(experts.dispatcher.dispatch(x_ND, plan), plan.count_L)
+            q_NKA = experts.dispatcher.combine(q_RA, plan, None)
         q_BHTC = split_heads(q_NKA.view(B, T, -1), plan.top_k * self.num_heads)
         k_BGSC, v_BGSC = self.keys_and_values(x_BTD)
         if cache is not None:
             k_BGSC, v_BGSC = cache.append(k_BGSC, v_BGSC)
-        o_BHTC = attend(q_BHTC, k_BGSC, v_BGSC, start_BT, key_mask_BS)
+        o_BHTC = attend(q_BHTC, k_BGSC, v_BGSC, start_BT, key_mask_BS, self.backend)
         o_NKA = o_BHTC.transpose(1, 2).reshape(B * T, plan.top_k, -1)
 
-        y_RD = experts.output_experts(experts.dispatcher.dispatch(o_NKA, plan), plan.count_L)
-        y_ND = experts.dispatcher.combine(y_RD, plan, routing.gate_NK)
+        if fused:
+            y_ND = experts.project_out(o_NKA.flatten(0, 1), plan, routing.gate_NK, 1)
+        else:
+            y_RD = experts.output_experts(experts.dispatcher.dispatch(o_NKA, plan), plan.count_L)
+            y_ND = experts.dispatcher.combine(y_RD, plan, routing.gate_NK)
         return y_ND.view_as(x_BTD), routing.stats
 
     def keys_and_values(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,9 +79,10 @@ class ExpertAttention(nn.Module):
 class DenseAttention(nn.Module):
     """Multi-head stick-breaking attention with dense projections."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, backends: Backends = Backends()) -> None:
         super().__init__()
         self.num_heads = config.n_head
+        self.backend = backends.attention
         self.q_proj = nn.Linear(config.n_embd, config.att_hidden, bias=False)
         self.k_proj = nn.Linear(config.n_embd, config.att_hidden)
         self.v_proj = nn.Linear(config.n_embd, config.att_hidden)
@@ -91,7 +101,7 @@ class DenseAttention(nn.Module):
         v_BHSC = split_heads(self.v_proj(x_BTD), self.num_heads)
         if cache is not None:
             k_BHSC, v_BHSC = cache.append(k_BHSC, v_BHSC)
-        o_BHTC = attend(q_BHTC, k_BHSC, v_BHSC, start_BT, key_mask_BS)
+        o_BHTC = attend(q_BHTC, k_BHSC, v_BHSC, start_BT, key_mask_BS, self.backend)
         return self.o_proj(o_BHTC.transpose(1, 2).flatten(2)), None
 
 
@@ -107,10 +117,13 @@ def attend(
     v_BGSC: torch.Tensor,
     start_BT: torch.Tensor | None,
     key_mask_BS: torch.Tensor | None,
+    backend: str,
 ) -> torch.Tensor:
     """o_BHTC; one query without gradient takes the decoding kernel."""
     if q_BHTC.shape[2] == 1 and not torch.is_grad_enabled():
         start_B = None if start_BT is None else start_BT[:, 0]
-        o_BHC = stickbreaking_decode(q_BHTC[:, :, 0], k_BGSC, v_BGSC, start_B=start_B, key_mask_BS=key_mask_BS)
+        o_BHC = stickbreaking_decode(
+            q_BHTC[:, :, 0], k_BGSC, v_BGSC, start_B=start_B, key_mask_BS=key_mask_BS, backend=backend
+        )
         return o_BHC.unsqueeze(2)
-    return stickbreaking_attention(q_BHTC, k_BGSC, v_BGSC, start_BT=start_BT, key_mask_BS=key_mask_BS)
+    return stickbreaking_attention(q_BHTC, k_BGSC, v_BGSC, start_BT=start_BT, key_mask_BS=key_mask_BS, backend=backend)

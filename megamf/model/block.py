@@ -8,6 +8,7 @@ from torch import nn
 
 from megamf.config import ModelConfig
 from megamf.model.attention import DenseAttention, ExpertAttention
+from megamf.model.backends import Backends
 from megamf.model.cache import LayerCache
 from megamf.model.dispatch import Dispatcher
 from megamf.model.mlp import DenseMlp, ExpertMlp
@@ -17,13 +18,13 @@ from megamf.model.router import RouterStats
 class Block(nn.Module):
     """Attention and feed-forward with residuals, sparse or dense as `config.kind` says."""
 
-    def __init__(self, config: ModelConfig, dispatcher: Dispatcher) -> None:
+    def __init__(self, config: ModelConfig, dispatcher: Dispatcher, backends: Backends = Backends()) -> None:
         super().__init__()
         dense = config.kind == "dense"
-        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.attn = DenseAttention(config) if dense else ExpertAttention(config, dispatcher)
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.mlpf = DenseMlp(config) if dense else ExpertMlp(config, dispatcher)
+        self.ln_1 = backends.layer_norm(config.n_embd, config.layer_norm_epsilon)
+        self.attn = DenseAttention(config, backends) if dense else ExpertAttention(config, dispatcher, backends)
+        self.ln_2 = backends.layer_norm(config.n_embd, config.layer_norm_epsilon)
+        self.mlpf = DenseMlp(config) if dense else ExpertMlp(config, dispatcher, backends)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from megamf.config import ModelConfig
-from megamf.model.dispatch import Dispatcher
+from megamf.model.backends import Backends
+from megamf.model.dispatch import Dispatcher, Plan
 from megamf.model.router import Router
-from megamf.ops.grouped_linear import grouped_linear
+from megamf.ops.grouped_linear import grouped_linear, implementation, routed_linear
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
@@ -26,23 +27,48 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 class ExpertLinear(nn.Module):
     """One bias-free linear map for each local expert: weight_LDF."""
 
-    def __init__(self, num_local: int, in_features: int, out_features: int) -> None:
+    def __init__(self, num_local: int, in_features: int, out_features: int, backend: str = "auto") -> None:
         super().__init__()
+        self.backend = backend
         self.weight = nn.Parameter(torch.empty(num_local, in_features, out_features))
 
     def forward(self, x_RD: torch.Tensor, count_L: torch.Tensor) -> torch.Tensor:
         """Rows grouped by expert x_RD, count_L int64 -> y_RF."""
-        return grouped_linear(x_RD, self.weight, count_L)
+        return grouped_linear(x_RD, self.weight, count_L, backend=self.backend)
 
 
 class RoutedExperts(nn.Module):
     """Router `gate`, input projections `experts` [L, D, F] and output projections `output_experts` [L, F, D]."""
 
-    def __init__(self, config: ModelConfig, num_experts: int, top_k: int, hidden: int, dispatcher: Dispatcher) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_experts: int,
+        top_k: int,
+        hidden: int,
+        dispatcher: Dispatcher,
+        backends: Backends = Backends(),
+    ) -> None:
         super().__init__()
+        self.backend = backends.experts
         self.num_experts = num_experts
         self.dispatcher = dispatcher
         self.local_experts = dispatcher.expert_range(num_experts)
         self.gate = Router(config, num_experts, top_k)
-        self.experts = ExpertLinear(len(self.local_experts), config.n_embd, hidden)
-        self.output_experts = ExpertLinear(len(self.local_experts), hidden, config.n_embd)
+        self.experts = ExpertLinear(len(self.local_experts), config.n_embd, hidden, backends.experts)
+        self.output_experts = ExpertLinear(len(self.local_experts), hidden, config.n_embd, backends.experts)
+
+    def fuses(self, x: torch.Tensor, plan: Plan) -> bool:
+        """Whether rows are gathered and scattered inside the products: all of them are here, and Triton multiplies."""
+        return plan.transport is None and implementation(x, self.experts.weight, self.backend) == "triton"
+
+    def project_in(self, x_ND: torch.Tensor, plan: Plan, out_fan: int) -> torch.Tensor:
+        """Only where `fuses`. x_ND -> h_RF in expert order (out_fan 0) or by copy (1), through `experts`."""
+        return routed_linear(x_ND, self.experts.weight, plan.count_L, plan.order_R, in_fan=plan.top_k, out_fan=out_fan)
+
+    def project_out(self, h_RF: torch.Tensor, plan: Plan, gate_NK: torch.Tensor, in_fan: int) -> torch.Tensor:
+        """Only where `fuses`. h_RF in expert order (in_fan 0) or by copy (1) -> y_ND, through `output_experts`."""
+        weight = self.output_experts.weight
+        return routed_linear(
+            h_RF, weight, plan.count_L, plan.order_R, in_fan=in_fan, out_fan=plan.top_k, gate_NK=gate_NK
+        )

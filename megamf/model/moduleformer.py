@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megamf.config import ModelConfig
+from megamf.model.backends import Backends
 from megamf.model.block import Block
 from megamf.model.cache import Cache
 from megamf.model.dispatch import Dispatcher, LocalDispatcher
@@ -29,14 +30,16 @@ class Output:
 class Backbone(nn.Module):
     """Everything but the head: `wte`, `h`, `ln_f`. There is no positional encoding."""
 
-    def __init__(self, config: ModelConfig, dispatcher: Dispatcher | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, dispatcher: Dispatcher | None = None, backends: Backends = Backends()
+    ) -> None:
         super().__init__()
         self.config = config
         dispatcher = dispatcher or LocalDispatcher()
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.embedding_dropout = nn.Dropout(config.embd_pdrop)
-        self.h = nn.ModuleList(Block(config, dispatcher) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.h = nn.ModuleList(Block(config, dispatcher, backends) for _ in range(config.n_layer))
+        self.ln_f = backends.layer_norm(config.n_embd, config.layer_norm_epsilon)
         self.recompute_blocks = False
 
     def forward(
@@ -73,10 +76,12 @@ class ModuleFormer(nn.Module):
     `megamf.model.init.initialise` or a checkpoint fills them.
     """
 
-    def __init__(self, config: ModelConfig, dispatcher: Dispatcher | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, dispatcher: Dispatcher | None = None, backends: Backends = Backends()
+    ) -> None:
         super().__init__()
         self.config = config
-        self.transformer = Backbone(config, dispatcher)
+        self.transformer = Backbone(config, dispatcher, backends)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
     def forward(self, input_BT: torch.Tensor, **kwargs) -> Output:

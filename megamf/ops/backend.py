@@ -16,7 +16,15 @@ HOW_TO_BUILD = "build it with `pip install --no-build-isolation -e .` (torch mus
 
 # Where Triton kernels run: without a GPU only in Triton's interpreter, which is for tests.
 TRITON_DEVICES = frozenset({"cuda", "cpu"} if os.environ.get("TRITON_INTERPRET") == "1" else {"cuda"})
-HOW_TO_GET_TRITON = "install it with `pip install triton` (CUDA builds of torch bring their own)"
+# Backends that need a package: the modules that show it is there, and how to get it.
+PACKAGES = {
+    "triton": (("triton",), "install it with `pip install triton` (CUDA builds of torch bring their own)"),
+    "megablocks": (
+        ("megablocks", "grouped_gemm"),
+        "install both with `pip install --no-deps --no-build-isolation megablocks grouped_gemm` (they compile on a "
+        "machine with nvcc and a GPU)",
+    ),
+}
 
 _logged: set[tuple[str, str, str]] = set()
 
@@ -38,9 +46,11 @@ def has_extension() -> bool:
     return EXTENSION_ERROR is None
 
 
-def has_triton() -> bool:
-    """Whether the package triton is installed (it is imported only where a kernel is used)."""
-    return importlib.util.find_spec("triton") is not None
+def package_problem(backend: str) -> str:
+    """Which package of a backend is missing and how to get it; empty when none is. Imports nothing."""
+    modules, how = PACKAGES.get(backend, ((), ""))
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    return f"needs the package {missing[0]}, which is missing: {how}" if missing else ""
 
 
 def choose(
@@ -64,8 +74,8 @@ def choose(
 
 def _problem(backend: str, device: torch.device, implementations: Mapping[str, frozenset[str]]) -> str:
     """Why the backend cannot run on the device; empty when it can."""
-    if backend == "triton" and not has_triton():
-        return f"needs the package triton, which is missing: {HOW_TO_GET_TRITON}"
+    if problem := package_problem(backend):
+        return problem
     devices = implementations[backend]
     if device.type != "meta" and devices and device.type not in devices:
         return f"runs on {', '.join(sorted(devices))}, the tensors are on {device.type}"
