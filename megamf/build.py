@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+from megamf.apex import fused_adam
 from megamf.callbacks.checkpointing import Checkpointing, find_resume
 from megamf.callbacks.evaluation import Evaluation
 from megamf.callbacks.guards import NonFiniteGuard
@@ -12,7 +13,8 @@ from megamf.callbacks.progress import ProgressDisplay
 from megamf.checkpoint import resolve
 from megamf.config import ConfigError, RunConfig
 from megamf.data.loader import StepLoader, document_end, open_train, open_valid, valid_bytes_per_token
-from megamf.ops import backend, stickbreaking
+from megamf.model.backends import Backends
+from megamf.ops import backend, grouped_linear, stickbreaking
 from megamf.parallel.launch import Process, process_group
 from megamf.parallel.zero import deepspeed_config
 from megamf.rundir import check_writable, claim
@@ -28,6 +30,9 @@ def check(config: RunConfig, num_ranks: int) -> None:
         raise ConfigError(str(error)) from None
     deepspeed_config(config, num_ranks)
     require_wandb(config)
+    Backends.of(config)
+    if config.optim.implementation == "apex":
+        fused_adam()
     if not config.data.train:
         raise ConfigError("data.train is empty: give at least one {path, weight}")
 
@@ -39,7 +44,7 @@ def build_trainer(config: RunConfig, process: Process) -> Iterator[tuple[Trainer
     Whatever can be wrong with the input is found, on every rank alike, before the ranks meet.
     """
     check(config, process.world)
-    backend.choose("stickbreaking_attention", "auto", process.device, stickbreaking.IMPLEMENTATIONS, "csrc")
+    check_backends(config, process)
     train, valid = open_train(config), open_valid(config)
     find_resume(config.checkpoint.resume, config.run.dir / "checkpoints")
     if config.checkpoint.init_from is not None:
@@ -50,12 +55,26 @@ def build_trainer(config: RunConfig, process: Process) -> Iterator[tuple[Trainer
         loader = stack.enter_context(step_loader(train, config, process))
         checkpointing, preemption = Checkpointing(config), Preemption()
         # The guard comes first: a state that went bad is not saved.
-        callbacks = [NonFiniteGuard(), checkpointing, preemption, Metrics(config), ProgressDisplay(config.logging.progress)]
+        callbacks = [
+            NonFiniteGuard(),
+            checkpointing,
+            preemption,
+            Metrics(config),
+            ProgressDisplay(config.logging.progress),
+        ]
         if valid is not None:
             validation = stack.enter_context(step_loader(valid, config, process))
             callbacks.append(Evaluation(validation, valid_bytes_per_token(config)))
         stack.enter_context(process_group(process))
         yield Trainer(config, loader, callbacks), preemption
+
+
+def check_backends(config: RunConfig, process: Process) -> None:
+    """Raises UserError for a backend that does not run on this process's device."""
+    attention, experts = config.attention.backend, config.experts.backend
+    backend.choose("stickbreaking_attention", attention, process.device, stickbreaking.IMPLEMENTATIONS, "csrc")
+    if config.model.kind != "dense":
+        backend.choose("grouped_linear", experts, process.device, grouped_linear.IMPLEMENTATIONS, "torch")
 
 
 def step_loader(blend, config: RunConfig, process: Process) -> StepLoader:

@@ -19,6 +19,7 @@ from megamf.callbacks.base import Callback
 from megamf.config import RunConfig
 from megamf.data.loader import MicroBatch, StepLoader
 from megamf.model import ModuleFormer, initialise
+from megamf.model.backends import Backends
 from megamf.model.losses import Packed, auxiliary_loss, routing_norm
 from megamf.model.objective import Objective
 from megamf.model.router import Router
@@ -57,7 +58,7 @@ class Trainer:
         self.step = 0
         self.stop_requested = False
 
-        model = ModuleFormer(config.model, make_dispatcher(self.mesh))
+        model = ModuleFormer(config.model, make_dispatcher(self.mesh), Backends.of(config))
         model.set_activation_checkpointing(config.train.activation_checkpointing)
         initialise(model, config.model, config.run.seed)
         self.engine = build_engine(Objective(model, config.train.loss_chunk), config, self.mesh)

@@ -81,6 +81,7 @@ class Optim(Section):
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     warmup_steps: NonNegativeInt = 100
     decay_steps: NonNegativeInt = Field(0, description="wsd only: the length of the final decay")
+    implementation: Literal["torch", "apex"] = Field("torch", description="apex: the fused Adam of NVIDIA apex")
 
     @model_validator(mode="after")
     def _consistent(self) -> "Optim":
@@ -91,6 +92,24 @@ class Optim(Section):
         if self.schedule == "wsd" and not self.decay_steps:
             raise ValueError("optim.schedule=wsd needs optim.decay_steps > 0, not 0")
         return self
+
+
+class Experts(Section):
+    """Which implementation multiplies rows by expert weights."""
+
+    backend: Literal["auto", "torch", "triton", "megablocks", "loop"] = "auto"
+
+
+class Attention(Section):
+    """Which implementation computes stick-breaking attention."""
+
+    backend: Literal["auto", "csrc", "triton", "naive"] = "auto"
+
+
+class Norm(Section):
+    """Which implementation normalises."""
+
+    backend: Literal["torch", "apex"] = Field("torch", description="apex: the fused layer norm of NVIDIA apex")
 
 
 class Train(Section):
@@ -176,6 +195,9 @@ class RunConfig(Section):
     losses: Losses = Field(default_factory=Losses)
     optim: Optim = Field(default_factory=Optim)
     train: Train = Field(default_factory=Train)
+    experts: Experts = Field(default_factory=Experts)
+    attention: Attention = Field(default_factory=Attention)
+    norm: Norm = Field(default_factory=Norm)
     parallel: Parallel = Field(default_factory=Parallel)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     logging: Logging = Field(default_factory=Logging)

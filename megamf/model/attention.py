@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from megamf.config import ModelConfig
-from megamf.model.backends import Backends
+from megamf.model.backends import AUTOMATIC, Backends
 from megamf.model.cache import LayerCache
 from megamf.model.dispatch import Dispatcher
 from megamf.model.experts import RoutedExperts
@@ -23,7 +23,7 @@ class ExpertAttention(nn.Module):
     K = V = x where `config.shares_kv` (all released models), else linear maps with bias.
     """
 
-    def __init__(self, config: ModelConfig, dispatcher: Dispatcher, backends: Backends = Backends()) -> None:
+    def __init__(self, config: ModelConfig, dispatcher: Dispatcher, backends: Backends = AUTOMATIC) -> None:
         super().__init__()
         self.num_heads = config.n_head
         self.backend = backends.attention
@@ -79,7 +79,7 @@ class ExpertAttention(nn.Module):
 class DenseAttention(nn.Module):
     """Multi-head stick-breaking attention with dense projections."""
 
-    def __init__(self, config: ModelConfig, backends: Backends = Backends()) -> None:
+    def __init__(self, config: ModelConfig, backends: Backends = AUTOMATIC) -> None:
         super().__init__()
         self.num_heads = config.n_head
         self.backend = backends.attention

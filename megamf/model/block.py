@@ -8,7 +8,7 @@ from torch import nn
 
 from megamf.config import ModelConfig
 from megamf.model.attention import DenseAttention, ExpertAttention
-from megamf.model.backends import Backends
+from megamf.model.backends import AUTOMATIC, Backends
 from megamf.model.cache import LayerCache
 from megamf.model.dispatch import Dispatcher
 from megamf.model.mlp import DenseMlp, ExpertMlp
@@ -18,7 +18,7 @@ from megamf.model.router import RouterStats
 class Block(nn.Module):
     """Attention and feed-forward with residuals, sparse or dense as `config.kind` says."""
 
-    def __init__(self, config: ModelConfig, dispatcher: Dispatcher, backends: Backends = Backends()) -> None:
+    def __init__(self, config: ModelConfig, dispatcher: Dispatcher, backends: Backends = AUTOMATIC) -> None:
         super().__init__()
         dense = config.kind == "dense"
         self.ln_1 = backends.layer_norm(config.n_embd, config.layer_norm_epsilon)

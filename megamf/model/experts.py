@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megamf.config import ModelConfig
-from megamf.model.backends import Backends
+from megamf.model.backends import AUTOMATIC, Backends
 from megamf.model.dispatch import Dispatcher, Plan
 from megamf.model.router import Router
 from megamf.ops.grouped_linear import grouped_linear, implementation, routed_linear
@@ -47,7 +47,7 @@ class RoutedExperts(nn.Module):
         top_k: int,
         hidden: int,
         dispatcher: Dispatcher,
-        backends: Backends = Backends(),
+        backends: Backends = AUTOMATIC,
     ) -> None:
         super().__init__()
         self.backend = backends.experts

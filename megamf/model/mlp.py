@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megamf.config import ModelConfig
-from megamf.model.backends import Backends
+from megamf.model.backends import AUTOMATIC, Backends
 from megamf.model.dispatch import Dispatcher, Plan
 from megamf.model.experts import ACTIVATIONS, RoutedExperts
 from megamf.model.router import RouterStats
@@ -20,7 +20,7 @@ from megamf.model.router import RouterStats
 class ExpertMlp(RoutedExperts):
     """Sparse feed-forward layer: sum over the chosen e of p_e * W2_e act(W1_e x)."""
 
-    def __init__(self, config: ModelConfig, dispatcher: Dispatcher, backends: Backends = Backends()) -> None:
+    def __init__(self, config: ModelConfig, dispatcher: Dispatcher, backends: Backends = AUTOMATIC) -> None:
         super().__init__(config, config.n_mlp_experts, config.k_mlp, config.ffd_hidden, dispatcher, backends)
         self.activation = ACTIVATIONS[config.activation_function]
         self.recompute = False

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megamf.config import ModelConfig
-from megamf.model.backends import Backends
+from megamf.model.backends import AUTOMATIC, Backends
 from megamf.model.block import Block
 from megamf.model.cache import Cache
 from megamf.model.dispatch import Dispatcher, LocalDispatcher
@@ -31,7 +31,7 @@ class Backbone(nn.Module):
     """Everything but the head: `wte`, `h`, `ln_f`. There is no positional encoding."""
 
     def __init__(
-        self, config: ModelConfig, dispatcher: Dispatcher | None = None, backends: Backends = Backends()
+        self, config: ModelConfig, dispatcher: Dispatcher | None = None, backends: Backends = AUTOMATIC
     ) -> None:
         super().__init__()
         self.config = config
@@ -77,7 +77,7 @@ class ModuleFormer(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, dispatcher: Dispatcher | None = None, backends: Backends = Backends()
+        self, config: ModelConfig, dispatcher: Dispatcher | None = None, backends: Backends = AUTOMATIC
     ) -> None:
         super().__init__()
         self.config = config

@@ -101,8 +101,14 @@ def _parameter_state(engine: Any, parameter: torch.nn.Parameter) -> Iterator[tup
 
 def optimizer_step(engine: Any) -> int:
     """How many updates AdamW has made."""
-    states = torch_optimizer(engine).state.values()
-    return int(next((state["step"] for state in states if "step" in state), 0))
+    optimizer = torch_optimizer(engine)
+    holders = optimizer.param_groups if _counts_in_groups(optimizer) else optimizer.state.values()
+    return int(next((holder["step"] for holder in holders if "step" in holder), 0))
+
+
+def _counts_in_groups(optimizer: torch.optim.Optimizer) -> bool:
+    """NVIDIA apex counts its updates once a parameter group, torch with every tensor."""
+    return not isinstance(optimizer, torch.optim.AdamW)
 
 
 def torch_optimizer(engine: Any) -> torch.optim.Optimizer:
@@ -126,8 +132,13 @@ def load_state(engine: Any, checkpoint: Checkpoint, step: int) -> None:
     """Fill weights, masters and moments from a checkpoint written by any layout; AdamW's count becomes `step`."""
     model = engine.module.model
     experts = expert_indices(model)
-    for state in torch_optimizer(engine).state.values():
-        state["step"].fill_(step)
+    optimizer = torch_optimizer(engine)
+    if _counts_in_groups(optimizer):
+        for group in optimizer.param_groups:
+            group["step"] = step
+    else:
+        for state in optimizer.state.values():
+            state["step"].fill_(step)
     masters = set(checkpoint.logical_shapes("master"))
     for name, parameter in model.named_parameters():
         weights = _read(checkpoint, name, "weights", experts)
@@ -158,11 +169,13 @@ def create_moments(engine: Any) -> None:
     other groups have none yet, and never again; so they must be there before.
     """
     optimizer = torch_optimizer(engine)
+    in_groups = _counts_in_groups(optimizer)
     for group in optimizer.param_groups:
+        if in_groups:
+            group["step"] = 0
         for tensor in group["params"]:
-            optimizer.state[tensor] = {
-                "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
-                **{key: torch.zeros_like(tensor) for key in MOMENTS},
-            }
+            optimizer.state[tensor] = {key: torch.zeros_like(tensor) for key in MOMENTS}
+            if not in_groups:
+                optimizer.state[tensor]["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
     if engine.zero_optimization_stage() > 0:
         engine.optimizer._lazy_init_hp_params_optimizer_state()

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from megamf.apex import fused_adam
 from megamf.config import ConfigError, RunConfig
 from megamf.config.run import Optim
 from megamf.model.init import expert_indices
@@ -120,6 +121,14 @@ def parameter_groups(model: nn.Module, optim: Optim, experts: Iterable[str] = ()
     return found
 
 
+def make_optimizer(groups: list[dict[str, Any]], optim: Optim) -> torch.optim.Optimizer:
+    """AdamW: torch's fused one, or NVIDIA apex's. Raises UserError when that is not installed."""
+    settings = {"lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
+    if optim.implementation == "apex":
+        return fused_adam()(groups, adam_w_mode=True, **settings)
+    return torch.optim.AdamW(groups, fused=True, **settings)
+
+
 def build_engine(objective: Objective, config: RunConfig, mesh: Mesh):
     """deepspeed.initialize with expert groups and AdamW (fused). Collective. Returns the engine."""
     import deepspeed
@@ -147,13 +156,7 @@ def build_engine(objective: Objective, config: RunConfig, mesh: Mesh):
     if experts:
         objective.expert_marker = ExpertsInside()
     filled = deepspeed_config(config, mesh.world)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.optim, experts),
-        lr=config.optim.lr,
-        betas=(config.optim.beta1, config.optim.beta2),
-        eps=config.optim.eps,
-        fused=True,
-    )
+    optimizer = make_optimizer(parameter_groups(model, config.optim, experts), config.optim)
     engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=filled)
     check_engine(engine, bool(experts))
     return engine

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megamf.ops import backend as backends
-from megamf.ops.grouped_linear import grouped_gemm_fits, grouped_linear
+from megamf.ops.grouped_linear import grouped_linear, implementation
 
 LIMITS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 6e-3}
 
@@ -54,9 +54,10 @@ def test_rule_of_the_loop_is_logged_once(caplog: pytest.LogCaptureFixture) -> No
     backends._logged.clear()
     x, w = torch.zeros(2, 8, dtype=torch.float64), torch.zeros(1, 8, 8, dtype=torch.float64)
     with caplog.at_level(logging.INFO, logger="megamf.ops.backend"):
-        assert not grouped_gemm_fits(x, w) and not grouped_gemm_fits(x, w)
-        assert grouped_gemm_fits(x.float(), w.float()) and grouped_gemm_fits(x.bfloat16(), w.bfloat16())
-        assert not grouped_gemm_fits(x.bfloat16()[:, :4], w.bfloat16()[:, :4])
+        assert implementation(x, w) == implementation(x, w) == "loop"
+        assert implementation(x.float(), w.float()) == implementation(x.bfloat16(), w.bfloat16(), "torch") == "torch"
+        assert implementation(x.bfloat16()[:, :4], w.bfloat16()[:, :4]) == "loop"
+        assert implementation(x.float(), w.float(), "loop") == "loop"
     loop = [r for r in caplog.records if "float64" in r.getMessage()]
     assert len(loop) == 1 and "loop over the experts" in loop[0].getMessage()
 
