@@ -13,6 +13,7 @@ FREE = {
     "run.dir",
     "deepspeed",
     "data.tokenizer",
+    "data.mmap",
     "train.micro_batch",
     "train.activation_checkpointing",
     "train.eval_every",

@@ -33,6 +33,7 @@ class Data(Section):
         0.0, ge=0, lt=1, description="without `valid`: the last share of each training source's documents"
     )
     document_mask: bool = Field(True, description="no token attends to another document")
+    mmap: bool = Field(True, description="false: read by plain file access, for file systems that refuse mapping")
 
     @model_validator(mode="after")
     def _one_kind_of_split(self) -> "Data":

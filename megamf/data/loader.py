@@ -219,7 +219,7 @@ def _open(config: RunConfig, sources: list[Source]) -> list[IndexedDataset]:
     datasets = []
     seen: dict[str, str] = {}
     for source in sources:
-        dataset = IndexedDataset(source.path)
+        dataset = IndexedDataset(source.path, mmap=config.data.mmap)
         datasets.append(dataset)
         metadata = read_metadata(source.path)
         if metadata is None:

@@ -221,3 +221,15 @@ def test_tokenizer_of_the_configuration(folder):
     assert open_train(configuration(folder, train=(("its", 1),), tokenizer=str(path))).num_windows > 8
     write(folder / "bare", 100, metadata=False)
     assert document_end(configuration(folder, train=(("bare", 1),), tokenizer=str(path))) == 2
+
+
+def test_without_mapping_the_samples_are_the_same(folder, monkeypatch):
+    mapped = open_train(configuration(folder))
+    wanted = [mapped.sample(i).tolist() for i in range(5)]
+
+    def refuse(*args, **kwargs):
+        raise PermissionError("this file system maps nothing")
+
+    monkeypatch.setattr(np, "memmap", refuse)
+    plain = open_train(configuration(folder, mmap=False))
+    assert [plain.sample(i).tolist() for i in range(5)] == wanted
