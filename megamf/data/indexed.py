@@ -188,7 +188,7 @@ def _map(path: Path, dtype: np.dtype[Any]) -> np.ndarray:
     try:
         return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
     except OSError as error:
-        raise UserError(f"{path} cannot be mapped into memory ({error}): move it to a file system that can") from None
+        raise UserError(f"{path} cannot be mapped into memory ({error}): set data.mmap=false") from None
 
 
 def _check_pair(
