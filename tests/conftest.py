@@ -10,6 +10,14 @@ from megamf.checkpoint import module_table, save
 from megamf.data.indexed import IndexedWriter, Metadata
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped, with the reason, where there is no CUDA device."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """Threads that wait for each other take far longer than the work of tiny models, and round differently."""
