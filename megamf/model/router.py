@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megamf.config import ModelConfig
+from megamf.ops.router import promote, route, route_by_logits
 
 
 class RouterStats(NamedTuple):
@@ -67,45 +68,36 @@ class Router(nn.Module):
         """The matrix with one row an expert (A of the paper, or the centroids) [E, G or D]."""
         return self.expert_centroids if self.gate_type == "gmm" else self.w_gate[-1].weight
 
-    def logits(self, x_ND: torch.Tensor) -> torch.Tensor:
-        """x_ND -> logits_NE in float32 (float64 for float64 models)."""
+    def factors(self, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """h [N, G or D] and a [E, G or D] of one dtype, whose product h a^T is the logits."""
         if self.gate_type == "gmm":
-            h_NG = F.normalize(promote(self.w_gate(x_ND)), dim=-1)
-            c_EG = F.normalize(promote(self.expert_centroids), dim=-1)
-            return h_NG @ c_EG.t() * promote(self.temperature).exp()
+            h_NG = F.normalize(promote(self.w_gate(x_ND)), dim=-1) * promote(self.temperature).exp()
+            return h_NG, F.normalize(promote(self.expert_centroids), dim=-1)
         h_NG = x_ND
         for layer in self.w_gate[:-1]:
             h_NG = layer(h_NG)
+        return h_NG, self.w_gate[-1].weight
+
+    def logits(self, x_ND: torch.Tensor) -> torch.Tensor:
+        """x_ND -> logits_NE in float32 (float64 for float64 models)."""
+        h_NG, a_EG = self.factors(x_ND)
         # Rounding the logits to a low precision would reorder experts whose scores are close.
-        return promote(h_NG) @ promote(self.w_gate[-1].weight).t()
+        return promote(h_NG) @ promote(a_EG).t()
 
     def forward(self, x_ND: torch.Tensor) -> Routing:
         """x_ND -> Routing, with the logits and everything after them in float32 or better."""
-        logits_NE = self.logits(x_ND)
-        log_prob_NE = logits_NE.log_softmax(dim=-1)
-        prob_NE = log_prob_NE.exp()
-        expert_NK = self.choose(prob_NE.detach())
-        gate_NK = prob_NE.gather(1, expert_NK)
-        count_E = torch.bincount(expert_NK.flatten(), minlength=self.num_experts).to(prob_NE.dtype)
-        stats = RouterStats(
-            prob_E=prob_NE.sum(0),
-            entropy=-(prob_NE * log_prob_NE).sum(),
-            logsumexp2=logits_NE.logsumexp(dim=-1).square().sum(),
-            count_E=count_E,
-            tokens=prob_NE.new_tensor(x_ND.shape[0]),
-        )
-        return Routing(expert_NK, gate_NK, stats)
+        if self.training and self.sample_topk:
+            found = route_by_logits(self.logits(x_ND), self.choose)
+        else:
+            found = route(*self.factors(x_ND), self.top_k)
+        tokens = found.gate_NK.new_tensor(x_ND.shape[0])
+        stats = RouterStats(found.prob_E, found.entropy, found.logsumexp2, found.count_E, tokens)
+        return Routing(found.expert_NK, found.gate_NK, stats)
 
     def choose(self, prob_NE: torch.Tensor) -> torch.Tensor:
-        """The k chosen experts of each token, int64 [N, K]; `sample_topk` of them are drawn in training."""
-        drawn = self.sample_topk if self.training else 0
-        fixed_NK = prob_NE.topk(self.top_k - drawn, dim=-1).indices
-        if not drawn or not prob_NE.shape[0]:
-            return fixed_NK if not drawn else fixed_NK.new_empty(0, self.top_k)
+        """The k experts of each token in training, int64 [N, K]: the likeliest, and `sample_topk` drawn ones."""
+        fixed_NK = prob_NE.topk(self.top_k - self.sample_topk, dim=-1).indices
+        if not prob_NE.shape[0]:
+            return fixed_NK.new_empty(0, self.top_k)
         rest_NE = (prob_NE + 1e-6).scatter(1, fixed_NK, 0.0)
-        return torch.cat([fixed_NK, torch.multinomial(rest_NE, drawn)], dim=1)
-
-
-def promote(x: torch.Tensor) -> torch.Tensor:
-    """float32 for lower precisions, unchanged for float32 and float64."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        return torch.cat([fixed_NK, torch.multinomial(rest_NE, self.sample_topk)], dim=1)

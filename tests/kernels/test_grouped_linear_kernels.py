@@ -71,6 +71,10 @@ def test_values_and_gradients_interpreted(run_interpreted):
     run_interpreted("grouped_linear_interpreted.py")
 
 
+def test_expert_layers_interpreted(run_interpreted):
+    run_interpreted("experts_interpreted.py")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(("in_fan", "out_fan", "gated"), [(0, 0, False), (2, 0, False), (2, 1, False), (0, 2, True)])

@@ -6,7 +6,7 @@ Shapes: `R` rows grouped by expert, `L` local experts, `D` input width, `F` outp
 import torch
 
 from megamf.ops import backend as backends
-from megamf.ops.grouped_linear import naive
+from megamf.ops.grouped_linear import gemm, naive
 
 HAS_TRITON = not backends.package_problem("triton")
 if HAS_TRITON:
@@ -20,6 +20,7 @@ IMPLEMENTATIONS = {
     "megablocks": frozenset({"cuda"}),
     "loop": frozenset[str](),
 }
+ROUTED = {"triton": backends.TRITON_DEVICES, "naive": frozenset[str]()}
 DTYPES = {
     "triton": (torch.bfloat16, torch.float16, torch.float32),
     "megablocks": (torch.bfloat16,),
@@ -45,8 +46,7 @@ def grouped_linear(
             from megamf.ops.grouped_linear import megablocks
 
             return megablocks.grouped_linear(x_RD, w_LDF, count_L)
-        offsets_L = count_L.cumsum(0).to(torch.int32)
-        return torch.nn.functional.grouped_mm(x_RD.contiguous(), w_LDF.contiguous(), offs=offsets_L)
+        return gemm.grouped_linear(x_RD, w_LDF.contiguous(), count_L)
     return naive.grouped_linear(x_RD, w_LDF, count_L)
 
 
@@ -83,8 +83,7 @@ def routed_linear(
         )
     if gate_NK is not None and (gate_NK.numel() != R or gate_NK.shape[-1] != out_fan):
         raise ValueError(f"routed_linear: got gates {tuple(gate_NK.shape)}, expected [{R} / out_fan, {out_fan}]")
-    available = {"triton": IMPLEMENTATIONS["triton"], "naive": frozenset[str]()}
-    name = backends.choose("routed_linear", backend, x.device, available, "triton")
+    name = backends.choose("routed_linear", backend, x.device, ROUTED, "triton")
     if name == "naive":
         return naive.routed_linear(x, w_LDF, count_L, order_R, in_fan, out_fan, gate_NK)
     _check_dtype(name, x, w_LDF)
