@@ -22,10 +22,23 @@ TORCH_LIBRARY(megamf, m) {
       "float stop) -> Tensor");
   m.def("stickbreaking_scan(Tensor logits_XTS, Tensor? start_XT) -> Tensor");
   m.def("stickbreaking_scan_backward(Tensor grad_XTS, Tensor logits_XTS, Tensor? start_XT) -> Tensor");
+  // On a GPU only: the scan of a chunk of attention (megamf/ops/stickbreaking/cuda.py), and decoding.
+  m.def(
+      "stickbreaking_rows(Tensor logits_MQS, Tensor? start_BT, Tensor? key_mask_BS, int batch, int queries, int heads, float scale, "
+      "float log_stop, bool causal, Tensor(a!) weights_MQS, Tensor(b!) log_rem_MQ) -> ()");
+  m.def(
+      "stickbreaking_rows_backward(Tensor grad_MQS, Tensor? grad_log_rem_MQ, Tensor logits_MQS, Tensor? start_BT, "
+      "Tensor? key_mask_BS, int batch, int queries, int heads, float scale, float log_stop, bool causal, "
+      "Tensor(a!) weights_MQS, Tensor(b!) grad_logits_MQS) -> ()");
+  m.def(
+      "stickbreaking_decode_parts(Tensor q_BHC, Tensor k_BGSC, Tensor v_BGSC, Tensor? start_B, Tensor? key_mask_BS, float scale, "
+      "float log_stop) -> Tensor");
   m.def("sort_by_expert(Tensor expert_NK, int num_experts) -> (Tensor, Tensor, Tensor)");
   m.def("permute(Tensor x_ND, Tensor order_R, Tensor inverse_R, int top_k) -> Tensor");
   m.def("unpermute(Tensor y_RD, Tensor order_R, Tensor inverse_R, Tensor? gate_NK, int top_k) -> Tensor");
   m.def("unpermute_backward(Tensor grad_ND, Tensor y_RD, Tensor order_R, Tensor gate_NK) -> (Tensor, Tensor)");
+  m.def("expert_products(Tensor x_RD, Tensor w_LDF, Tensor count_L) -> Tensor");
+  m.def("expert_outer_products(Tensor x_RD, Tensor grad_RF, Tensor count_L) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(megamf, CPU, m) {
@@ -40,6 +53,8 @@ TORCH_LIBRARY_IMPL(megamf, CPU, m) {
   m.impl("permute", permute_cpu);
   m.impl("unpermute", unpermute_cpu);
   m.impl("unpermute_backward", unpermute_backward_cpu);
+  m.impl("expert_products", expert_products_cpu);
+  m.impl("expert_outer_products", expert_outer_products_cpu);
 }
 
 PyMODINIT_FUNC PyInit__C() {

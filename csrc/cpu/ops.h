@@ -22,4 +22,7 @@ at::Tensor unpermute_cpu(const at::Tensor& y_RD, const at::Tensor& order_R, cons
 std::tuple<at::Tensor, at::Tensor> unpermute_backward_cpu(const at::Tensor& grad_ND, const at::Tensor& y_RD,
                                                           const at::Tensor& order_R, const at::Tensor& gate_NK);
 
+at::Tensor expert_products_cpu(const at::Tensor& x_RD, const at::Tensor& w_LDF, const at::Tensor& count_L);
+at::Tensor expert_outer_products_cpu(const at::Tensor& x_RD, const at::Tensor& grad_RF, const at::Tensor& count_L);
+
 }  // namespace megamf

@@ -29,6 +29,79 @@ int64_t checked(int64_t index, int64_t rows, const char* name) {
   return index;
 }
 
+// The rows are gathered from everywhere, which the processor cannot foresee: while one is worked on, the next is fetched.
+constexpr int64_t kLine = 64;
+
+MEGAMF_INLINE void copy_row(const char* from, const char* next, int64_t bytes, char* to) {
+  int64_t at = 0;
+  for (; at + kLine <= bytes; at += kLine) {
+    __builtin_prefetch(next + at);
+    std::memcpy(to + at, from + at, kLine);
+  }
+  std::memcpy(to + at, from + at, bytes - at);
+}
+
+template <class T, class In>
+MEGAMF_INLINE Vec<T> load_wide(const In* from) {
+  if constexpr (std::is_same_v<In, T>) return load(from);
+  Vec<T> x;
+  for (int i = 0; i < kLanes<T>; ++i) x[i] = static_cast<T>(from[i]);
+  return x;
+}
+
+template <class T, class Out>
+MEGAMF_INLINE void store_narrow(Out* to, Vec<T> x) {
+  if constexpr (std::is_same_v<Out, T>) return store(to, x);
+  for (int i = 0; i < kLanes<T>; ++i) to[i] = static_cast<Out>(x[i]);
+}
+
+// Channels d to d + kVecs vectors of out = sum_k gate[k] * rows[k], the sum in registers.
+template <int kVecs, class T, class In>
+MEGAMF_INLINE void combine_channels(const In* const* rows, const In* const* next, const T* gate, int64_t K, int64_t d, In* out) {
+  Vec<T> sum[kVecs] = {};
+  for (int64_t k = 0; k < K; ++k) {
+    const Vec<T> g = splat<T>(gate ? gate[k] : T(1));
+    for (int v = 0; v < kVecs; ++v) {
+      const int64_t at = d + v * kLanes<T>;
+      if (at * static_cast<int64_t>(sizeof(In)) % kLine == 0) __builtin_prefetch(next[k] + at);
+      sum[v] = fma(g, load_wide<T>(rows[k] + at), sum[v]);
+    }
+  }
+  for (int v = 0; v < kVecs; ++v) store_narrow<T>(out + d + v * kLanes<T>, sum[v]);
+}
+
+template <class T, class In>
+void combine_row(const In* const* rows, const In* const* next, const T* gate, int64_t K, int64_t D, In* out) {
+  int64_t d = 0;
+  for (; d + 4 * kLanes<T> <= D; d += 4 * kLanes<T>) combine_channels<4>(rows, next, gate, K, d, out);
+  for (; d + kLanes<T> <= D; d += kLanes<T>) combine_channels<1>(rows, next, gate, K, d, out);
+  for (; d < D; ++d) {
+    T sum = 0;
+    for (int64_t k = 0; k < K; ++k) sum += (gate ? gate[k] : T(1)) * static_cast<T>(rows[k][d]);
+    out[d] = static_cast<In>(sum);
+  }
+}
+
+// grad_y = gate * grad; returns grad . y.
+template <class T, class In>
+MEGAMF_INLINE T split_row(const In* grad, const In* next, const In* y, T gate, int64_t D, In* grad_y) {
+  Vec<T> lanes{};
+  const Vec<T> g = splat<T>(gate);
+  int64_t d = 0;
+  for (; d + kLanes<T> <= D; d += kLanes<T>) {
+    __builtin_prefetch(next + d);
+    const Vec<T> x = load_wide<T>(grad + d);
+    lanes = fma(x, load_wide<T>(y + d), lanes);
+    store_narrow<T>(grad_y + d, g * x);
+  }
+  T total = 0;
+  for (; d < D; ++d) {
+    total += static_cast<T>(grad[d]) * static_cast<T>(y[d]);
+    grad_y[d] = static_cast<In>(gate * static_cast<T>(grad[d]));
+  }
+  return total + sum<T>(lanes);
+}
+
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> sort_by_expert_cpu(const at::Tensor& expert_NK, int64_t num_experts) {
@@ -65,12 +138,17 @@ at::Tensor permute_cpu(const at::Tensor& x_ND, const at::Tensor& order_R, const 
   const at::Tensor x = x_ND.contiguous();
   at::Tensor out_RD = at::empty({R, D}, x.options());
   const int64_t* order = order_R.const_data_ptr<int64_t>();
-  const auto bytes = static_cast<size_t>(D * x.element_size());
+  const int64_t bytes = D * x.element_size();
   const char* from = static_cast<const char*>(x.const_data_ptr());
   char* to = static_cast<char*>(out_RD.mutable_data_ptr());
   at::parallel_for(0, R, kGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r)
-      std::memcpy(to + r * bytes, from + checked(order[r], R, "order_R") / top_k * bytes, bytes);
+    const auto row = [&](int64_t r) { return from + checked(order[r], R, "order_R") / top_k * bytes; };
+    const char* next = begin < end ? row(begin) : nullptr;
+    for (int64_t r = begin; r < end; ++r) {
+      const char* now = next;
+      if (r + 1 < end) next = row(r + 1);
+      copy_row(now, next, bytes, to + r * bytes);
+    }
   });
   return out_RD;
 }
@@ -98,15 +176,15 @@ at::Tensor unpermute_cpu(const at::Tensor& y_RD, const at::Tensor& order_R, cons
     const scalar_t* from = y.const_data_ptr<scalar_t>();
     scalar_t* to = out_ND.mutable_data_ptr<scalar_t>();
     at::parallel_for(0, N, kGrain, [&](int64_t begin, int64_t end) {
-      std::vector<T> row(D);
+      std::vector<const scalar_t*> now(top_k), next(top_k);
+      const auto find = [&](int64_t n) {
+        for (int64_t k = 0; k < top_k; ++k) next[k] = from + checked(inverse[n * top_k + k], R, "inverse_R") * D;
+      };
+      if (begin < end) find(begin);
       for (int64_t n = begin; n < end; ++n) {
-        std::fill(row.begin(), row.end(), T(0));
-        for (int64_t k = 0; k < top_k; ++k) {
-          const scalar_t* part = from + checked(inverse[n * top_k + k], R, "inverse_R") * D;
-          const T g = weight ? weight[n * top_k + k] : T(1);
-          for (int64_t d = 0; d < D; ++d) row[d] += g * static_cast<T>(part[d]);
-        }
-        write_row(row.data(), to + n * D, D, T(1));
+        now = next;
+        if (n + 1 < end) find(n + 1);
+        combine_row(now.data(), next.data(), weight ? weight + n * top_k : nullptr, top_k, D, to + n * D);
       }
     });
   });
@@ -134,18 +212,8 @@ std::tuple<at::Tensor, at::Tensor> unpermute_backward_cpu(const at::Tensor& grad
     T* to_gate = grad_gate.mutable_data_ptr<T>();
     at::parallel_for(0, R, kGrain, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
-        const int64_t nk = checked(order[r], R, "order_R");
-        const scalar_t *g = up + nk / K * D, *row = rows + r * D;
-        scalar_t* out = down + r * D;
-        T lanes[kLanes<T>] = {};
-        int64_t d = 0;
-        for (; d + kLanes<T> <= D; d += kLanes<T>)
-          for (int64_t i = 0; i < kLanes<T>; ++i) lanes[i] += static_cast<T>(g[d + i]) * static_cast<T>(row[d + i]);
-        T total = 0;
-        for (; d < D; ++d) total += static_cast<T>(g[d]) * static_cast<T>(row[d]);
-        for (T lane : lanes) total += lane;
-        to_gate[nk] = total;
-        for (d = 0; d < D; ++d) out[d] = static_cast<scalar_t>(weight[nk] * static_cast<T>(g[d]));
+        const int64_t nk = checked(order[r], R, "order_R"), ahead = r + 1 < end ? checked(order[r + 1], R, "order_R") : nk;
+        to_gate[nk] = split_row(up + nk / K * D, up + ahead / K * D, rows + r * D, weight[nk], D, down + r * D);
       }
     });
   });

@@ -97,8 +97,7 @@ def implementation(x: torch.Tensor, w_LDF: torch.Tensor, backend: str = "auto") 
     logged once a case: the loop makes the same products, one expert at a time. "triton" takes bfloat16, float16 and
     float32, "megablocks" bfloat16; other types are an error there. "loop" is the loop always. "auto" is "torch", but on
     a GPU "triton" takes the operands that torch's grouped GEMM does not (float32, odd widths), where it can. On a CPU
-    the grouped GEMM of torch 2.13 is itself a loop of matrix products and takes the time of ours, forward and backward,
-    within the spread of measurement; on a GPU it is one kernel without a sync.
+    it is a set of matrix products that the threads share out (`gemm.py`); on a GPU it is one kernel without a sync.
     """
     name = backends.choose("grouped_linear", backend, x.device, IMPLEMENTATIONS, "torch")
     if name in ("triton", "megablocks"):

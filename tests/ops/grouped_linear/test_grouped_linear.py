@@ -75,3 +75,22 @@ def test_wrong_arguments_are_named() -> None:
     for args, message in wrong:
         with pytest.raises(ValueError, match=message):
             grouped_linear(*args)
+
+
+def test_blocks_that_threads_share_out_have_the_same_bits_for_any_number_of_threads() -> None:
+    x, w, count = torch.randn(900, 300), torch.randn(3, 300, 40), torch.tensor([700, 0, 200])
+    grad = torch.randn(900, 40)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            leaves = [t.clone().requires_grad_() for t in (x, w)]
+            y = grouped_linear(*leaves, count)
+            results.append([y.detach(), *torch.autograd.grad(y, leaves, grad)])
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip(results[0], oracle(x, w, count.tolist(), grad), strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-3, rtol=1e-4)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
