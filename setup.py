@@ -4,6 +4,7 @@ The C++ sources of csrc/cpu are always built, for the CPU of this machine; the C
 any, torch has CUDA and nvcc is found. Environment variables:
 
 MEGAMF_CUDA   0: never build the CUDA sources; 1: it is an error if they cannot be built
+TORCH_CUDA_ARCH_LIST  the GPUs they are built for (default `8.0;9.0`)
 MEGAMF_MARCH  the `-march=` of the C++ sources (default `native`; `x86-64-v3` runs on any CPU with AVX2)
 MAX_JOBS      how many compilers run at the same time
 """
@@ -72,12 +73,13 @@ def extension() -> tuple[list[Extension], dict[str, type[Command]]]:
     cxx = ["-O3", f"-march={march}", "-fopenmp", "-g0", "-fno-math-errno", "-fvisibility=hidden"]
     cxx += ["-Wno-maybe-uninitialized"]  # gcc 12 on its own AVX-512 headers
     cuda = cuda_sources()
+    if cuda:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0")
     make = CUDAExtension if cuda else CppExtension
     module = make(
         "megamf._C",
         sources=["csrc/bindings.cpp", *sources("cpu", "*.cpp"), *cuda],
-        depends=sources("cpu", "*.h"),
-        define_macros=[("MEGAMF_WITH_CUDA", None)] if cuda else [],
+        depends=[*sources("cpu", "*.h"), *sources("cuda", "*.h")],
         extra_compile_args={"cxx": cxx, "nvcc": ["-O3"]} if cuda else cxx,
         extra_link_args=["-fopenmp"],
     )

@@ -12,6 +12,9 @@ from megamf.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+HOW_TO_BUILD_CUDA = (
+    "build them with `MEGAMF_CUDA=1 pip install --no-build-isolation -e .` (needs a CUDA build of torch, and nvcc)"
+)
 HOW_TO_BUILD = "build it with `pip install --no-build-isolation -e .` (torch must be installed first)"
 
 # Where Triton kernels run: without a GPU only in Triton's interpreter, which is for tests.
@@ -44,6 +47,16 @@ EXTENSION_ERROR = _load_extension()
 def has_extension() -> bool:
     """Whether the compiled operations of `megamf._C` are registered."""
     return EXTENSION_ERROR is None
+
+
+def has_cuda() -> bool:
+    """Whether `megamf._C` holds the CUDA kernels too."""
+    return has_extension() and torch._C._dispatch_has_kernel_for_dispatch_key("megamf::stickbreaking_scan", "CUDA")
+
+
+def compiled(device: torch.device) -> str:
+    """The compiled backend of a device: "cuda" there, else "csrc"."""
+    return "cuda" if device.type == "cuda" else "csrc"
 
 
 def package_problem(backend: str) -> str:
@@ -79,6 +92,9 @@ def _problem(backend: str, device: torch.device, implementations: Mapping[str, f
     devices = implementations[backend]
     if device.type != "meta" and devices and device.type not in devices:
         return f"runs on {', '.join(sorted(devices))}, the tensors are on {device.type}"
+    if backend == "cuda" and not has_cuda():
+        what = "megamf._C was built without them" if has_extension() else f"megamf._C is missing: {EXTENSION_ERROR}"
+        return f"needs the compiled CUDA kernels, but {what}; {HOW_TO_BUILD_CUDA}"
     if backend == "csrc" and EXTENSION_ERROR is not None:
         return f"needs the compiled extension megamf._C, which is missing: {EXTENSION_ERROR}; {HOW_TO_BUILD}"
     return ""

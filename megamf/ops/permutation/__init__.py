@@ -15,7 +15,8 @@ if backends.has_extension():
 
 __all__ = ["Sorted", "permute", "sort_by_expert", "unpermute"]
 
-IMPLEMENTATIONS = {"csrc": frozenset({"cpu"}), "naive": frozenset[str]()}
+# `csrc` and `cuda` are the same operations; torch chooses by the device of the tensors.
+IMPLEMENTATIONS = {"csrc": frozenset({"cpu"}), "cuda": frozenset({"cuda"}), "naive": frozenset[str]()}
 
 
 class Sorted(NamedTuple):
@@ -29,11 +30,14 @@ class Sorted(NamedTuple):
 def sort_by_expert(expert_NK: torch.Tensor, num_experts: int, *, backend: str = "auto") -> Sorted:
     """Stable order of the copies n*K+k by expert. expert_NK: int64 in 0..num_experts-1.
 
-    Raises ValueError for another dtype or shape, IndexError (csrc) for an expert out of range.
+    Raises ValueError for another dtype or shape, IndexError (csrc) for an expert out of range. On a GPU nothing waits
+    for the kernels: an index out of range ends them there (as torch's own do), and the next synchronisation raises.
     """
     if expert_NK.dim() != 2 or expert_NK.dtype != torch.int64:
         raise ValueError(f"sort_by_expert: got {expert_NK.dtype} {tuple(expert_NK.shape)}, expected int64 [N, K]")
-    name = backends.choose("sort_by_expert", backend, expert_NK.device, IMPLEMENTATIONS, "csrc")
+    name = backends.choose(
+        "sort_by_expert", backend, expert_NK.device, IMPLEMENTATIONS, backends.compiled(expert_NK.device)
+    )
     sort = naive.sort_by_expert if name == "naive" else csrc.sort_by_expert
     return Sorted(*sort(expert_NK, num_experts))
 
@@ -50,7 +54,7 @@ def permute(
             f"permute: got x {tuple(x_ND.shape)}, order {tuple(order_R.shape)}, inverse {tuple(inverse_R.shape)}, "
             f"top_k {top_k}, expected [N, D] and twice [N * top_k]"
         )
-    name = backends.choose("permute", backend, x_ND.device, IMPLEMENTATIONS, "csrc")
+    name = backends.choose("permute", backend, x_ND.device, IMPLEMENTATIONS, backends.compiled(x_ND.device))
     return naive.permute(x_ND, order_R, top_k) if name == "naive" else csrc.permute(x_ND, order_R, inverse_R, top_k)
 
 
@@ -68,7 +72,7 @@ def unpermute(
             f"unpermute: got y {tuple(y_RD.shape)}, order {tuple(order_R.shape)}, inverse {tuple(inverse_R.shape)}, "
             f"gate {tuple(gate_NK.shape)}, expected [R, D], twice [R], and [N, K] with N*K = R"
         )
-    name = backends.choose("unpermute", backend, y_RD.device, IMPLEMENTATIONS, "csrc")
+    name = backends.choose("unpermute", backend, y_RD.device, IMPLEMENTATIONS, backends.compiled(y_RD.device))
     if name == "naive":
         return naive.unpermute(y_RD, inverse_R, gate_NK)
     return csrc.unpermute(y_RD, order_R, inverse_R, gate_NK, gate_NK.shape[1])

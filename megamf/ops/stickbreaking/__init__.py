@@ -17,14 +17,18 @@ from megamf.ops.stickbreaking.combine import combine
 
 if backends.has_extension():
     from megamf.ops.stickbreaking import csrc
+    from megamf.ops.stickbreaking import cuda as cuda  # registers the operations of csrc for CUDA tensors
 
 __all__ = ["combine", "document_starts", "stickbreaking_attention", "stickbreaking_decode", "stickbreaking_scan"]
 
-IMPLEMENTATIONS = {"csrc": frozenset({"cpu"}), "naive": frozenset[str]()}
+# `csrc` and `cuda` are the same operations; torch chooses by the device of the tensors.
+IMPLEMENTATIONS = {"csrc": frozenset({"cpu"}), "cuda": frozenset({"cuda"}), "naive": frozenset[str]()}
 
 # A walk may stop when every stick of a block of queries is shorter than this: about 1/1000 of the rounding error
 # of the type.
-DEFAULT_STOP = {torch.float64: 1e-19, torch.float32: 1e-10, torch.bfloat16: 1e-6}
+DEFAULT_STOP = {torch.float64: 1e-19, torch.float32: 1e-10, torch.bfloat16: 1e-6, torch.float16: 1e-6}
+
+CUDA_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @overload
@@ -91,7 +95,8 @@ def stickbreaking_attention(
     return_log_rem: also return log_rem_BHT, the natural logarithm of what is left of the stick: the sum of log(1 - z)
         over the keys that the query sees, 0 where it sees none; float32 (float64 for float64). Both outputs are
         differentiable.
-    backend: "auto", "csrc" (CPU) or "naive".
+    backend: "auto", "csrc" (CPU), "cuda" (float16 too, not float64; each query stops alone, in steps of 256 keys;
+        holds 2**23 logits or 64 queries at a time) or "naive".
 
     Returns o_BHTC, of q's dtype and memory layout, or (o_BHTC, log_rem_BHT). Same bits in every run, and for 1 to 8
     threads.
@@ -99,7 +104,7 @@ def stickbreaking_attention(
     """
     _check_attention(q_BHTC, k_BGSC, v_BGSC, start_BT, key_mask_BS, causal)
     scale = q_BHTC.shape[-1] ** -0.5 if scale is None else float(scale)
-    name = backends.choose("stickbreaking_attention", backend, q_BHTC.device, IMPLEMENTATIONS, "csrc")
+    name = _choose("stickbreaking_attention", backend, q_BHTC)
     if name == "naive":
         o, log_rem = naive.attention_and_rest(q_BHTC, k_BGSC, v_BGSC, scale, start_BT, key_mask_BS, causal=causal)
         return (o, log_rem) if return_log_rem else o
@@ -127,7 +132,7 @@ def stickbreaking_decode(
     """
     _check_attention(q_BHC[:, :, None], k_BGSC, v_BGSC, None if start_B is None else start_B[:, None], key_mask_BS)
     scale = q_BHC.shape[-1] ** -0.5 if scale is None else float(scale)
-    name = backends.choose("stickbreaking_decode", backend, q_BHC.device, IMPLEMENTATIONS, "csrc")
+    name = _choose("stickbreaking_decode", backend, q_BHC)
     with torch.no_grad():
         if name == "naive":
             return naive.decode(q_BHC, k_BGSC, v_BGSC, scale, start_B, key_mask_BS)
@@ -151,7 +156,7 @@ def stickbreaking_scan(
         )
     if start_XT is not None:
         _check_start(start_XT, tuple(logits_XTS.shape[:-1]))
-    name = backends.choose("stickbreaking_scan", backend, logits_XTS.device, IMPLEMENTATIONS, "csrc")
+    name = _choose("stickbreaking_scan", backend, logits_XTS)
     return naive.scan(logits_XTS, start_XT) if name == "naive" else csrc.scan(logits_XTS, start_XT)
 
 
@@ -176,6 +181,14 @@ def document_starts(cu_seqlens: torch.Tensor, B: int, T: int) -> torch.Tensor:
     return (torch.maximum(start_N, row_N) - row_N).view(B, T).int()
 
 
+def _choose(op: str, backend: str, x: torch.Tensor) -> str:
+    """The backend by name; the CUDA kernels compute in float32."""
+    name = backends.choose(op, backend, x.device, IMPLEMENTATIONS, backends.compiled(x.device))
+    if name == "cuda" and x.dtype not in CUDA_TYPES:
+        raise ValueError(f"{op}: backend cuda got {x.dtype}, expected one of {', '.join(map(str, CUDA_TYPES))}")
+    return name
+
+
 def _check_attention(
     q_BHTC: torch.Tensor,
     k_BGSC: torch.Tensor,
@@ -192,10 +205,11 @@ def _check_attention(
     if k_BGSC.shape[0] != B or k_BGSC.shape[3] != C or G == 0 or H % G or (causal and T > S):
         order = ", and T <= S" if causal else ""
         raise ValueError(f"stick-breaking attention got {shapes}, expected equal B and C, H a multiple of G{order}")
-    if not q_BHTC.dtype == k_BGSC.dtype == v_BGSC.dtype or q_BHTC.dtype not in DEFAULT_STOP:
+    types = [t for t in DEFAULT_STOP if t != torch.float16 or q_BHTC.is_cuda]
+    if not q_BHTC.dtype == k_BGSC.dtype == v_BGSC.dtype or q_BHTC.dtype not in types:
         raise ValueError(
             f"stick-breaking attention got q {q_BHTC.dtype}, k {k_BGSC.dtype}, v {v_BGSC.dtype}, expected one of "
-            f"{', '.join(map(str, DEFAULT_STOP))} for all"
+            f"{', '.join(map(str, types))} for all"
         )
     if start_BT is not None:
         _check_start(start_BT, (B, T))
