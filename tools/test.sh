@@ -5,9 +5,16 @@ source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 
 install_oracle() { python -m pip install -q --no-deps megatron-core==0.16.1; }
 
+# Its kernels run in Triton's interpreter; on a CUDA build of torch it would compile for minutes.
+install_megablocks() {
+  if python -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then return; fi
+  python -m pip install -q --no-deps --no-build-isolation megablocks==0.10.0 stanford-stk==0.7.1
+}
+
 install_megamf data hf report test
 # The tests compare our indexed datasets with this package's; it is no dependency, and its own would replace torch.
 once oracle megatron-core==0.16.1 "megatron-core, an oracle of the tests" install_oracle
+once megablocks megablocks==0.10.0 "megablocks, an oracle of the tests" install_megablocks
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false

@@ -1,5 +1,7 @@
 """The grouped products in Triton: compiled for the presets' shapes, interpreted on odd ones, and run on a GPU."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
@@ -73,6 +75,14 @@ def test_values_and_gradients_interpreted(run_interpreted):
 
 def test_expert_layers_interpreted(run_interpreted):
     run_interpreted("experts_interpreted.py")
+
+
+@pytest.mark.skipif(
+    not all(map(find_spec, ("megablocks", "stk"))),
+    reason="needs `pip install --no-deps --no-build-isolation megablocks==0.10.0 stanford-stk==0.7.1`",
+)
+def test_megablocks_as_an_oracle(run_interpreted):
+    run_interpreted("megablocks_interpreted.py")
 
 
 @pytest.mark.gpu
