@@ -1,4 +1,4 @@
-"""Attention as GEMM -> scan -> GEMM in chunks, on the CPU: around the specification in float64, and the emulated kernel."""
+"""Attention as GEMM -> scan -> GEMM in chunks, on the CPU: around the specification, and around the emulated kernel."""
 
 import math
 

@@ -1,8 +1,8 @@
 """Attention on a GPU for heads of any size: batched GEMM -> scan of the logits -> batched GEMM, in chunks of queries.
 
-The chunks keep memory linear in T, and a chunk multiplies only the keys up to its last query. The backward pass computes
-the logits anew. Every sum has one order: same bits in every run. Nothing waits for the device. The composition runs on
-any device around the two functions of a `Scan`; `COMPILED` are the kernels of csrc/cuda.
+The chunks keep memory linear in T, and a chunk multiplies only the keys up to its last query. The backward pass
+computes the logits anew. Every sum has one order: same bits in every run. Nothing waits for the device. The composition
+runs on any device around the two functions of a `Scan`; `COMPILED` are the kernels of csrc/cuda.
 
 Shapes: `B` batch, `T` query time, `S` key time, `H` = K*G query heads, `G` key/value heads, `K` query heads of a key
 head, `C` channels, `M` = B*G batched products, `Q` = queries of a chunk times K, rows of one product.
