@@ -72,7 +72,8 @@ def build_trainer(config: RunConfig, process: Process) -> Iterator[tuple[Trainer
 def check_backends(config: RunConfig, process: Process) -> None:
     """Raises UserError for a backend that does not run on this process's device."""
     attention, experts = config.attention.backend, config.experts.backend
-    backend.choose("stickbreaking_attention", attention, process.device, stickbreaking.IMPLEMENTATIONS, "csrc")
+    compiled = backend.compiled(process.device)
+    backend.choose("stickbreaking_attention", attention, process.device, stickbreaking.IMPLEMENTATIONS, compiled)
     if config.model.kind != "dense":
         backend.choose("grouped_linear", experts, process.device, grouped_linear.IMPLEMENTATIONS, "torch")
 

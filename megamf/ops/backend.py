@@ -78,6 +78,9 @@ def choose(
     """
     if backend == "auto":
         return _automatic(op, device, implementations, preferred)
+    if backend == "csrc" and device.type == "cuda" and "cuda" in implementations:
+        # The kernels of csrc/ for this device.
+        backend = "cuda"
     if backend not in implementations:
         raise UserError(f"{op}: backend {backend!r} does not exist; expected auto, {', '.join(implementations)}")
     if problem := _problem(backend, device, implementations):

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from megamf.config import ModelConfig, RunConfig, load_config
+from megamf.config import ConfigError, ModelConfig, RunConfig, load_config
 from megamf.config.run import Parallel
 
 
@@ -66,3 +66,12 @@ def test_packaged_deepspeed_files_leave_the_portions_to_the_run(stage):
     portions = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     assert {tree[key] for key in portions} == {"auto"}
     assert tree["bf16"]["enabled"] == "auto"
+
+
+def test_backends_are_named():
+    names = ["experts.backend=triton", "attention.backend=csrc", "norm.backend=apex", "optim.implementation=apex"]
+    config = load_config(overrides=names)
+    chosen = config.experts.backend, config.attention.backend, config.norm.backend, config.optim.implementation
+    assert chosen == ("triton", "csrc", "apex", "apex")
+    with pytest.raises(ConfigError, match=r"experts.backend.*megablock"):
+        load_config(overrides=["experts.backend=megablock"])

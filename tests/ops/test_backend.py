@@ -41,6 +41,13 @@ def test_wrong_device(name: str) -> None:
         choose(name, torch.device("cuda"))
 
 
+def test_csrc_means_the_kernels_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "has_cuda", lambda: True)
+    both = IMPLEMENTATIONS | {"cuda": frozenset({"cuda"})}
+    assert backend.choose("op", "csrc", torch.device("cuda"), both, "cuda") == "cuda"
+    assert backend.choose("op", "csrc", CPU, both, "csrc") == "csrc"
+
+
 @pytest.mark.parametrize("name", ["auto", "csrc"])
 def test_missing_extension_is_an_error_that_says_how_to_build(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "EXTENSION_ERROR", "No module named 'megamf._C'")
