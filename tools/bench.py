@@ -1,4 +1,4 @@
-"""Measures this installation: attention, expert operations, memory and training throughput."""
+"""Measures this installation: attention, expert operations, memory and training throughput, on the CPU or a GPU."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ from megamf.bench.readme import committed, update
 from megamf.cli import run
 from megamf.errors import UserError
 
-SUITES = ("cpu",)
+SUITES = ("cpu", "gpu")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,29 +1,28 @@
-"""The `cpu` suite: attention against softmax attention, its memory, the expert operations, and training throughput.
+"""The `cpu` suite: attention against softmax attention and matrix products, the expert operations, training throughput.
 
 Shapes: B batch, H heads, T time, C head channels, N tokens, D width, F expert width, E experts, K top-k, R = N*K rows.
-Everything is float32, and forward and backward together unless a name says otherwise.
+Everything is float32, and forward and backward together unless a name says otherwise. The two sides of every
+comparison take turns in one run.
 
 Stick-breaking attention may stop early, where the stick is used up. On random inputs, and in a model that has not
 learned yet, that is after some thirty keys, which would flatter every figure here. So the figures with limits visit
-every key (`stop=0`), as the FLOPs count them; figures with `early_stop` in their name show the default beside them.
+every key (`stop=0`), as the FLOPs count them; figures with `early_stop` in their name show the default beside them,
+and `exhaustion_speedup` measures what stopping gains where a stick lasts as long as in a trained model.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
 from megamf.bench.memory import attention_memory_ratio
+from megamf.bench.sticks import sticks
 from megamf.bench.suite import Figure, Result, interleaved, machine
-from megamf.config import ModelConfig, RunConfig
-from megamf.config.run import Losses, Optim
-from megamf.model import ModuleFormer, initialise
-from megamf.model.losses import auxiliary_loss
-from megamf.model.objective import Objective
+from megamf.bench.training import every_key, training_step
+from megamf.config import ModelConfig
 from megamf.ops.grouped_linear import grouped_linear
 from megamf.ops.permutation import permute, sort_by_expert, unpermute
-from megamf.ops.stickbreaking import DEFAULT_STOP, stickbreaking_attention
+from megamf.ops.stickbreaking import stickbreaking_attention
 from megamf.plan import train_flops_per_token
 
 GEMM_SIZE, GEMM_BURST = 1024, 8
@@ -38,10 +37,14 @@ def run(progress: Callable[[str], Callable[[], None]], *, repeats: int = 15) -> 
     """Measure everything. `progress(what)` returns a function that is called after every turn of `what`."""
     where = machine()
     torch.manual_seed(0)
+    few = max(3, repeats // 3)
     figures = [
         *attention(2, 4, 1024, 64, "", repeats, progress("attention, T 1024"), formula=True),
-        *attention(1, 4, 4096, 64, "_t4096", max(3, repeats // 3), progress("attention, T 4096")),
-        *expert_operations(repeats, progress("expert operations")),
+        *attention(1, 4, 4096, 64, "_t4096", few, progress("attention, T 4096")),
+        *large_heads(1024, 1024, 2, few, progress("attention, C 1024")),
+        *exhaustion(1, 2, 16384, 64, 64, few, progress("exhaustion, T 16384")),
+        *permutation(4096, 512, 16, 2, 4 * repeats, progress("permutation")),
+        *experts(4096, 512, 1024, 16, 2, repeats, progress("experts")),
         *training(max(3, repeats // 2), progress("training")),
         *memory(progress("memory, T 8192")),
     ]
@@ -74,41 +77,131 @@ def attention(
     }
     figures = [Figure(f"{case}{suffix}_ms", 1e3 * median[case], names[case]) for case in cases]
     ratio = median["stickbreaking"] / median["sdpa"]
-    limit = 2.5 if not suffix else None
-    figures.append(
-        Figure(f"stickbreaking_vs_sdpa{suffix}", ratio, f"time over softmax attention, T {T}", at_most=limit)
-    )
+    figures.append(Figure(f"stickbreaking_vs_sdpa{suffix}", ratio, f"time over softmax attention, T {T}", at_most=1.3))
     return figures
 
 
-def expert_operations(repeats: int, tick: Callable[[], None]) -> list[Figure]:
-    """Permutation against copying as many bytes, ragged expert products against one dense product of as many FLOPs."""
-    N, D, hidden, E, K = 4096, 512, 1024, 16, 2
-    x_ND, gate_NK = torch.randn(N, D), torch.rand(N, K)
-    expert_NK = torch.rand(N, E).topk(K).indices
-    order_R, inverse_R, count_E = sort_by_expert(expert_NK, E)
-    y_RD, copy_RD = torch.randn(N * K, D), torch.empty(N * K, D)
-    rows_RD, w_EDF = torch.randn(N * K, D, requires_grad=True), torch.randn(E, D, hidden, requires_grad=True)
-    w_DF, grad_RF = torch.randn(D, hidden, requires_grad=True), torch.randn(N * K, hidden)
+def large_heads(T: int, C: int, H: int, repeats: int, tick: Callable[[], None]) -> list[Figure]:
+    """The released models' attention (K = V, one head, H queries a token) against its matrix products as if T x T."""
+    q, grad = torch.randn(1, H, T, C, requires_grad=True), torch.randn(1, H, T, C)
+    kv = torch.randn(1, 1, T, C, requires_grad=True)
+    q_MC, k_TC, grad_MC = q.detach().view(H * T, C), kv.detach().view(T, C), grad.view(H * T, C)
+    weights_MT = torch.randn(H * T, T)
+
+    def products() -> None:
+        q_MC @ k_TC.t()  # logits
+        weights_MT @ k_TC  # output
+        q_MC @ k_TC.t()  # logits again, as they are not kept
+        grad_MC @ k_TC.t()  # gradient of the weights
+        weights_MT @ k_TC  # of q
+        weights_MT.t() @ q_MC  # of k
+        weights_MT.t() @ grad_MC  # of v
+
     median = interleaved(
         {
-            "copy": lambda: copy_RD.copy_(y_RD),
-            "permute": lambda: permute(x_ND, order_R, inverse_R, K),
-            "unpermute": lambda: unpermute(y_RD, order_R, inverse_R, gate_NK),
-            "experts": lambda: torch.autograd.grad(grouped_linear(rows_RD, w_EDF, count_E), (rows_RD, w_EDF), grad_RF),
-            "dense": lambda: torch.autograd.grad(rows_RD @ w_DF, (rows_RD, w_DF), grad_RF),
+            "attention": lambda: torch.autograd.grad(stickbreaking_attention(q, kv, kv, stop=0.0), (q, kv), grad),
+            "products": products,
         },
         repeats=repeats,
         progress=tick,
     )
-    size = f"{N * K} rows of {D}"
+    shape = f"C {C}, K = V, {H} queries a token, T {T}"
     return [
-        Figure("permute_vs_copy", median["permute"] / median["copy"], f"forward, time over copying {size}"),
-        Figure("unpermute_vs_copy", median["unpermute"] / median["copy"], f"forward, time over copying {size}"),
+        Figure("stickbreaking_c1024_ms", 1e3 * median["attention"], f"stick-breaking attention, every key, {shape}"),
+        Figure("gemms_c1024_ms", 1e3 * median["products"], f"its 2 + 5 matrix products, square: all {T} x {T} pairs"),
+        Figure(
+            "stickbreaking_vs_gemm",
+            median["attention"] / median["products"],
+            f"time over the square products; causality needs half of them; {shape}",
+            at_most=0.8,
+        ),
+    ]
+
+
+def exhaustion(B: int, H: int, T: int, C: int, tokens: int, repeats: int, tick: Callable[[], None]) -> list[Figure]:
+    """What stopping where the stick is used up gains, and what it changes, where a stick lasts `tokens` keys."""
+    q, k, v = sticks(B, H, T, C, tokens)
+    grad = torch.randn(B, H, T, C)
+
+    def attend(stop: float | None) -> tuple[torch.Tensor, ...]:
+        o = stickbreaking_attention(q, k, v, stop=stop)
+        return o.detach(), *torch.autograd.grad(o, (q, k, v), grad)
+
+    median = interleaved(
+        {"every": lambda: attend(0.0), "stopping": lambda: attend(None)}, repeats=repeats, warmup=1, progress=tick
+    )
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(attend(None), attend(0.0), strict=True)]
+    shape = f"batch {B}, {H} heads, T {T}, C {C}, a stick lasts {tokens} keys"
+    return [
+        Figure(
+            "exhaustion_speedup",
+            median["every"] / median["stopping"],
+            f"time of visiting every key over that of stopping by default; {shape}",
+            at_least=6.0,
+        ),
+        Figure(
+            "exhaustion_error",
+            max(errors),
+            "largest relative change by stopping, of the output and the gradients of q, k and v",
+            at_most=1e-6,
+        ),
+    ]
+
+
+def permutation(N: int, D: int, E: int, K: int, repeats: int, tick: Callable[[], None]) -> list[Figure]:
+    """Share of the memory-copy bandwidth: bytes read and written a second, over those of copying the output (`clone`).
+
+    The rows that `permute` writes it also reads, so it moves what a copy of its output moves. `unpermute` reads K rows
+    for each it writes: (K + 1) / 2 times the bytes of a copy of its output. Both sides allocate their results.
+    """
+    x_ND, gate_NK, y_RD = torch.randn(N, D), torch.rand(N, K), torch.randn(N * K, D)
+    order_R, inverse_R, _ = sort_by_expert(torch.rand(N, E).topk(K).indices, E)
+    median = interleaved(
+        {
+            "copy_R": lambda: y_RD.clone(),
+            "permute": lambda: permute(x_ND, order_R, inverse_R, K),
+            "copy_N": lambda: x_ND.clone(),
+            "unpermute": lambda: unpermute(y_RD, order_R, inverse_R, gate_NK),
+        },
+        repeats=repeats,
+        progress=tick,
+    )
+    shares = {
+        "permute": median["copy_R"] / median["permute"],
+        "unpermute": (K + 1) / 2 * median["copy_N"] / median["unpermute"],
+    }
+    size = f"{N} tokens of {D}, top-{K}; bytes read and written a second, over those of copying its output"
+    return [Figure(f"{name}_vs_copy", share, f"forward, {size}", at_least=0.6) for name, share in shares.items()]
+
+
+def experts(N: int, D: int, hidden: int, E: int, K: int, repeats: int, tick: Callable[[], None]) -> list[Figure]:
+    """Sort, permute, two expert products and unpermute, against two dense products of as many FLOPs."""
+    R = N * K
+    x_ND, gate_NK = torch.randn(N, D, requires_grad=True), torch.rand(N, K, requires_grad=True)
+    expert_NK = torch.rand(N, E).topk(K).indices
+    w1_EDF, w2_EFD = torch.randn(E, D, hidden, requires_grad=True), torch.randn(E, hidden, D, requires_grad=True)
+    x_RD, w1_DF, w2_FD = (torch.randn(size, requires_grad=True) for size in ((R, D), (D, hidden), (hidden, D)))
+    grad_ND, grad_RD = torch.randn(N, D), torch.randn(R, D)
+
+    def routed() -> object:
+        order_R, inverse_R, count_E = sort_by_expert(expert_NK, E)
+        h_RF = grouped_linear(permute(x_ND, order_R, inverse_R, K), w1_EDF, count_E)
+        y_ND = unpermute(grouped_linear(h_RF, w2_EFD, count_E), order_R, inverse_R, gate_NK)
+        return torch.autograd.grad(y_ND, (x_ND, gate_NK, w1_EDF, w2_EFD), grad_ND)
+
+    def dense() -> object:
+        return torch.autograd.grad(x_RD @ w1_DF @ w2_FD, (x_RD, w1_DF, w2_FD), grad_RD)
+
+    median = interleaved({"experts": routed, "dense": dense}, repeats=repeats, progress=tick)
+    size = f"{R} rows {D}-{hidden}-{D}"
+    return [
+        Figure("experts_ms", 1e3 * median["experts"], f"permute, {E} experts and unpermute, {size}"),
+        Figure("dense_ms", 1e3 * median["dense"], f"two dense products of as many FLOPs, {size}"),
         Figure(
             "experts_vs_dense",
-            median["experts"] / median["dense"],
-            f"{N * K} rows through {E} experts {D}x{hidden}, time over one dense product of as many FLOPs",
+            median["dense"] / median["experts"],
+            "throughput of the experts over that of the dense products",
+            at_least=0.75,
         ),
     ]
 
@@ -140,38 +233,8 @@ def training(repeats: int, tick: Callable[[], None]) -> list[Figure]:
             TRAINED_B * TRAINED_T / median["early_stop"],
             "the same, untrained, stopping where the stick is used up",
         ),
-        Figure("train_mfu", model / gemm, f"its model FLOP/s over the matrix-product rate; {size}", at_least=0.30),
+        Figure("train_mfu", model / gemm, f"its model FLOP/s over the matrix-product rate; {size}", at_least=0.45),
     ]
-
-
-def training_step(model_config: ModelConfig, B: int, T: int) -> Callable[[], object]:
-    """One whole update on random tokens, as a function without arguments."""
-    config = RunConfig(model=model_config, losses=Losses(balance="mi"), optim=Optim())
-    model = ModuleFormer(model_config)
-    initialise(model, model_config, seed=0)
-    objective = Objective(model, config.train.loss_chunk)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optim.lr, fused=True)
-    token_BT = torch.randint(model_config.vocab_size, (B, T + 1))
-    input_BT, label_BT = token_BT[:, :-1].contiguous(), token_BT[:, 1:].contiguous()
-
-    def step() -> None:
-        loss_sum, sums = objective(input_BT, label_BT, None)
-        (loss_sum / (B * T) + auxiliary_loss(sums, sums, config.losses)).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return step
-
-
-@contextmanager
-def every_key() -> Iterator[None]:
-    """Within it, no attention that leaves `stop` to the default stops early."""
-    usual = dict(DEFAULT_STOP)
-    DEFAULT_STOP.update(dict.fromkeys(usual, 0.0))
-    try:
-        yield
-    finally:
-        DEFAULT_STOP.update(usual)
 
 
 def memory(tick: Callable[[], None]) -> list[Figure]:

@@ -12,8 +12,9 @@ BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 def render(result: dict[str, Any]) -> str:
     """Markdown of one result as `Result.tree` gives it."""
     where = result["machine"]
+    hardware = where["gpu"] if "gpu" in where else f"{where['cpu']}, {where['threads']} threads"
     lines = [
-        f"`megamf bench --suite {result['suite']}`, {result['date'][:10]}, {where['cpu']}, {where['threads']} threads, "
+        f"`megamf bench --suite {result['suite']}`, {result['date'][:10]}, {hardware}, "
         f"torch {where['torch']}, load {where['load_before']} before the run:",
         "",
         "| figure | value | |",

@@ -47,21 +47,28 @@ class Result:
         return head | values | {"meaning": {figure.name: figure.meaning for figure in self.figures}}
 
 
+def wall_seconds(case: Callable[[], object]) -> float:
+    """How long one call takes."""
+    start = time.perf_counter()
+    case()
+    return time.perf_counter() - start
+
+
 def interleaved(
     cases: dict[str, Callable[[], object]],
     *,
     repeats: int,
     warmup: int = 2,
     progress: Callable[[], None] = lambda: None,
+    clock: Callable[[Callable[[], object]], float] = wall_seconds,
 ) -> dict[str, float]:
     """Median seconds of each case. The cases take turns, so that a slow moment of the machine meets all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for turn in range(warmup + repeats):
         for name, case in cases.items():
-            start = time.perf_counter()
-            case()
+            elapsed = clock(case)
             if turn >= warmup:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(elapsed)
         progress()
     return {name: statistics.median(values) for name, values in seconds.items()}
 

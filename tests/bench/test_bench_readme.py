@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megamf.bench import Figure, Result
-from megamf.bench.readme import BEGIN, END, committed, update
+from megamf.bench.readme import BEGIN, END, committed, render, update
 from megamf.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -21,6 +21,12 @@ def test_the_block_is_replaced_and_nothing_else():
     assert "2026-01-02, A CPU" in text
     assert "old" not in text
     assert update(text, [result]) == text
+
+
+def test_a_gpu_is_named_instead_of_the_processor():
+    where = {"cpu": "A CPU", "threads": 2, "torch": "2", "load_before": 0.1, "gpu": "A GPU"}
+    text = render(Result("gpu", [], where).tree())
+    assert "A GPU" in text and "A CPU" not in text
 
 
 def test_missing_markers_are_an_error():

@@ -2,43 +2,61 @@
 
 import math
 
-import torch
-
 from megamf.bench import cpu
 from megamf.bench.memory import attention_memory_ratio
-from megamf.config import ModelConfig
-from megamf.ops.stickbreaking import DEFAULT_STOP
+
+
+def names_of(figures: list) -> dict[str, float]:
+    assert all(math.isfinite(figure.value) and figure.value >= 0 for figure in figures)
+    return {figure.name: figure.value for figure in figures}
 
 
 def test_attention_reports_both_and_their_ratio():
     ticks = []
-    figures = cpu.attention(1, 2, 32, 16, "_t32", 2, lambda: ticks.append(1), formula=True)
-    values = {figure.name: figure.value for figure in figures}
+    values = names_of(cpu.attention(1, 2, 32, 16, "_t32", 2, lambda: ticks.append(1), formula=True))
     timed = ("stickbreaking", "stickbreaking_early_stop", "sdpa", "naive")
     assert values.keys() == {f"{name}_t32_ms" for name in timed} | {"stickbreaking_vs_sdpa_t32"}
     assert values["stickbreaking_vs_sdpa_t32"] == values["stickbreaking_t32_ms"] / values["sdpa_t32_ms"]
     assert len(ticks) == 4
 
 
-def test_one_training_step_updates_every_parameter():
-    torch.manual_seed(0)
-    model = ModelConfig(
-        vocab_size=40, n_layer=1, n_embd=16, att_hidden=16, ffd_hidden=16, n_att_experts=2, n_mlp_experts=2, k_att=1,
-        k_mlp=1, gating_size=8,
-    )  # fmt: skip
-    step = cpu.training_step(model, 2, 32)
-    cells = dict(zip(step.__code__.co_freevars, (cell.cell_contents for cell in step.__closure__)))
-    parameters = list(cells["objective"].model.parameters())
-    before = [parameter.detach().clone() for parameter in parameters]
-    step()
-    assert all(not torch.equal(old, new) for old, new in zip(before, parameters))
+def test_large_heads_against_their_products():
+    values = names_of(cpu.large_heads(64, 128, 2, 2, lambda: None))
+    assert values["stickbreaking_vs_gemm"] == values["stickbreaking_c1024_ms"] / values["gemms_c1024_ms"]
 
 
-def test_no_key_is_passed_over_where_figures_have_limits():
-    usual = dict(DEFAULT_STOP)
-    with cpu.every_key():
-        assert set(DEFAULT_STOP.values()) == {0.0}
-    assert usual == DEFAULT_STOP
+def test_stopping_is_faster_and_changes_next_to_nothing():
+    values = names_of(cpu.exhaustion(1, 2, 2048, 16, 8, 2, lambda: None))
+    assert values["exhaustion_speedup"] > 2
+    assert 0 < values["exhaustion_error"] < 1e-6
+
+
+def test_permutation_and_experts():
+    figures = cpu.permutation(64, 16, 4, 2, 2, lambda: None) + cpu.experts(32, 16, 32, 4, 2, 2, lambda: None)
+    values = names_of(figures)
+    assert {"permute_vs_copy", "unpermute_vs_copy", "experts_vs_dense"} <= values.keys()
+    assert values["experts_vs_dense"] == values["dense_ms"] / values["experts_ms"]
+
+
+def test_every_bar_is_declared():
+    """The limits that the suite enforces, wherever it is run."""
+    source = [
+        *cpu.attention(1, 1, 8, 4, "", 1, lambda: None),
+        *cpu.large_heads(8, 16, 2, 1, lambda: None),
+        *cpu.exhaustion(1, 1, 64, 4, 4, 1, lambda: None),
+        *cpu.permutation(8, 8, 2, 2, 1, lambda: None),
+        *cpu.experts(8, 16, 16, 2, 2, 1, lambda: None),
+    ]
+    limits = {f.name: (f.at_most, f.at_least) for f in source if f.kept is not None}
+    assert limits == {
+        "stickbreaking_vs_sdpa": (1.3, None),
+        "stickbreaking_vs_gemm": (0.8, None),
+        "exhaustion_speedup": (None, 6.0),
+        "exhaustion_error": (1e-6, None),
+        "permute_vs_copy": (None, 0.6),
+        "unpermute_vs_copy": (None, 0.6),
+        "experts_vs_dense": (None, 0.75),
+    }
 
 
 def test_memory_ratio_sees_what_attention_allocates():
