@@ -116,6 +116,10 @@ def test_dry_run_prints_and_writes_nothing(tmp_path, corpus, capsys):
         (["checkpoint.resume=/nowhere/at/all"], "/nowhere/at/all"),
         (["optim.warmup_steps=5"], "longer than train.steps=4"),
         (["one.yaml", "two.yaml"], "one configuration file"),
+        (["experts.backend=triton"], "triton"),
+        (["experts.backend=megablocks"], "megablocks"),
+        (["norm.backend=apex"], "NVIDIA apex"),
+        (["optim.implementation=apex"], "NVIDIA apex"),
     ],
 )  # fmt: skip
 def test_mistakes_are_refused_before_anything_is_written(tmp_path, corpus, capsys, more, message):

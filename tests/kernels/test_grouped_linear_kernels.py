@@ -70,11 +70,7 @@ def arguments(name):
 
 
 def test_values_and_gradients_interpreted(run_interpreted):
-    run_interpreted("grouped_linear_interpreted.py")
-
-
-def test_expert_layers_interpreted(run_interpreted):
-    run_interpreted("experts_interpreted.py")
+    run_interpreted("grouped_linear_interpreted.py", "experts_interpreted.py")
 
 
 @pytest.mark.skipif(
