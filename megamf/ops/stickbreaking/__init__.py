@@ -24,9 +24,9 @@ __all__ = ["combine", "document_starts", "stickbreaking_attention", "stickbreaki
 # `csrc` and `cuda` are the same operations; torch chooses by the device of the tensors.
 IMPLEMENTATIONS = {"csrc": frozenset({"cpu"}), "cuda": frozenset({"cuda"}), "naive": frozenset[str]()}
 
-# A walk may stop when every stick of a block of queries is shorter than this: about 1/1000 of the rounding error
-# of the type.
-DEFAULT_STOP = {torch.float64: 1e-19, torch.float32: 1e-10, torch.bfloat16: 1e-6, torch.float16: 1e-6}
+# A walk may stop when every stick of a block of queries is shorter than this: a sixth of the rounding error of
+# float32, about 1/1000 of that of the other types.
+DEFAULT_STOP = {torch.float64: 1e-19, torch.float32: 1e-8, torch.bfloat16: 1e-6, torch.float16: 1e-6}
 
 CUDA_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -89,7 +89,7 @@ def stickbreaking_attention(
         every query stands behind all keys and sees all of them (from its start on), S may be smaller than T: for a
         block of older keys of a sequence that is split, see `combine`.
     stop: the walk over older keys ends when every stick of a block of 64 queries is shorter than this; 0 never ends
-        it. Default 1e-19, 1e-10, 1e-6 for float64, float32, bfloat16, and 0 with `return_log_rem`. The outputs change
+        it. Default 1e-19, 1e-8, 1e-6 for float64, float32, bfloat16, and 0 with `return_log_rem`. The outputs change
         by at most stop * max|v|, the gradients of the skipped logits (which become 0) by at most 2 * stop * max|dO.v|.
         A log_rem whose walk ended is at most log(stop) and at least the true one. The naive backend ignores it.
     return_log_rem: also return log_rem_BHT, the natural logarithm of what is left of the stick: the sum of log(1 - z)
