@@ -1,12 +1,14 @@
 // The CUDA kernels as torch operations (schemas: ../bindings.cpp), through torch's stable ABI: compiles in seconds, needs no
 // other CUDA library, and one build serves several versions of torch.
-#ifndef USE_CUDA
-#define USE_CUDA  // the header of the stream's function hides it otherwise
-#endif
 #define TORCH_TARGET_VERSION 0x020b000000000000  // nothing newer than torch 2.11
-#include <cuda_runtime_api.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
+
+// Before torch's headers: one of them hides the stream's function unless USE_CUDA is defined.
+#ifdef MEGAMF_EMULATE
+#include "emulated_device.h"  // tests/cuda: CPU tensors, for kernels built for the host
+#else
+#include "torch_device.h"
+#endif
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -38,21 +40,12 @@ int32_t type_of(const Tensor& x) {
   }
 }
 
-// The device of the tensors, made current, and its stream.
-struct Stream {
-  torch::stable::accelerator::DeviceGuard guard;
-  void* stream = nullptr;
-  explicit Stream(const Tensor& x) : guard(x.get_device_index()) {
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream) == 0, "no current CUDA stream");
-  }
-};
+using Stream = megamf::cuda::Stream;
 
-void check(int error, const char* op) {
-  STD_TORCH_CHECK(error == 0, op, ": ", cudaGetErrorString(static_cast<cudaError_t>(error)));
-}
+void check(int error, const char* op) { STD_TORCH_CHECK(error == 0, op, ": ", megamf::cuda::error_text(error)); }
 
 void check_here(const Tensor& x, const Tensor& like, const char* name) {
-  STD_TORCH_CHECK(x.is_cuda() && x.get_device_index() == like.get_device_index(), name, " lies on another device");
+  STD_TORCH_CHECK(megamf::cuda::same_device(x, like), name, " lies on another device");
 }
 
 Tensor whole(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
@@ -218,9 +211,7 @@ Tensor decode_cuda(Tensor q_BHC, Tensor k_BGSC, Tensor v_BGSC, MaybeTensor start
   d.scale = static_cast<float>(scale);
   d.log_stop = static_cast<float>(log_stop);
   d.type = type_of(q);
-  int processors = 0;
-  check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, q.get_device_index()), "stickbreaking_decode");
-  d.parts = megamf_decode_parts(d.B, d.H, d.G, d.S, processors);
+  d.parts = megamf_decode_parts(d.B, d.H, d.G, d.S, megamf::cuda::processors(q));
   Tensor o = torch::stable::new_empty(q, std::vector<int64_t>{d.B, d.H, d.C});
   Tensor partial_o = torch::stable::new_empty(q, std::vector<int64_t>{d.B, d.H, d.parts, d.C}, ScalarType::Float);
   Tensor partial_log = torch::stable::new_empty(q, std::vector<int64_t>{d.B, d.H, d.parts}, ScalarType::Float);
@@ -308,7 +299,7 @@ std::tuple<Tensor, Tensor> unpermute_backward_cuda(Tensor grad_ND, Tensor y_RD, 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(megamf, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(MEGAMF_NAMESPACE, MEGAMF_DEVICE, m) {
   m.impl("stickbreaking_scan", TORCH_BOX(&scan_cuda));
   m.impl("stickbreaking_scan_backward", TORCH_BOX(&scan_backward_cuda));
   m.impl("stickbreaking_rows", TORCH_BOX(&rows_cuda));

@@ -61,6 +61,7 @@ class Emulated:
     """The functions of kernels.h on CPU tensors."""
 
     def __init__(self, library: Path) -> None:
+        self.path = library
         self.library = ctypes.CDLL(str(library))
         self.library.megamf_decode_parts.restype = self.library.megamf_sort_blocks.restype = Long
 
