@@ -9,12 +9,6 @@ from typing import NamedTuple
 
 import pytest
 
-pytest.importorskip("triton")
-
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 
 class Compiled(NamedTuple):
     """registers a thread, bytes of spill stores a thread, bytes of shared memory, and the PTX text."""
@@ -31,6 +25,10 @@ def compile_for(tmp_path):
 
     types: argument name -> "*bf16", "i32" ...; pointers are taken to be aligned to 16 bytes, as torch allocates them.
     """
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
 
     def run(kernel, types, constants, capability, **options):
         arguments = kernel.arg_names
