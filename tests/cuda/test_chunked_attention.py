@@ -68,7 +68,14 @@ def compare(scan: Scan, q, k, v, start, mask, causal, dtype, limit, cells, token
         assert error < limit * (1 if name in ("o", "rest") else 2), (name, error)
 
 
-SIZES = [(1, 1, 1, 1, 1, 4), (2, 2, 1, 9, 9, 6), (2, 6, 3, 7, 12, 5), (1, 4, 2, 13, 20, 8), (2, 3, 1, 0, 4, 4)]
+SIZES = [
+    (1, 1, 1, 1, 1, 4),
+    (2, 2, 1, 9, 9, 6),
+    (2, 6, 3, 7, 12, 5),
+    (1, 4, 2, 13, 20, 8),
+    (2, 3, 1, 0, 4, 4),
+    (0, 2, 1, 3, 3, 4),
+]
 
 
 def tensors(B, H, G, T, S, C):

@@ -104,14 +104,14 @@ def attention(
     call = _prepare(q_BHTC, k_BGSC, v_BGSC, start_BT, key_mask_BS, scale, stop, causal)
     o_BHTC = torch.empty_like(q_BHTC)
     B, H, T, _ = q_BHTC.shape
-    log_rem_BTH = q_BHTC.new_empty((B, T, H), dtype=torch.promote_types(q_BHTC.dtype, torch.float32))
+    log_rem_BHT = q_BHTC.new_empty((B, H, T), dtype=torch.promote_types(q_BHTC.dtype, torch.float32))
     for chunk in _chunks(call, cells):
         logits_MQS = _product(call.rows_of(call.q_BHTC, chunk), call.k_MSC[:, : chunk.end].mT)
         weights_MQS, log_rem_MQ = scan.forward(logits_MQS, call.rows(chunk), q_BHTC.dtype)
         del logits_MQS
         _write(o_BHTC, chunk, call.G, weights_MQS, call.v_MSC[:, : chunk.end])
-        call.heads_of(log_rem_BTH, chunk).copy_(log_rem_MQ.view(B, call.G, chunk.t1 - chunk.t0, -1))
-    return o_BHTC, log_rem_BTH.transpose(1, 2)
+        call.heads_of(log_rem_BHT, chunk).copy_(log_rem_MQ.view(B, call.G, chunk.t1 - chunk.t0, -1))
+    return o_BHTC, log_rem_BHT
 
 
 def attention_backward(
@@ -134,20 +134,19 @@ def attention_backward(
     grad_o = call.keep_queries(grad_o_BHTC)
     grad_q = torch.empty_like(q_BHTC)
     wide = torch.promote_types(q_BHTC.dtype, torch.float32)
-    grad_k_MSC, grad_v_MSC = (torch.zeros_like(x, dtype=wide, memory_format=torch.contiguous_format) for x in call[1:3])
-    grad_log_rem_BTH = None
     if grad_log_rem_BHT is not None:
-        grad_log_rem_BTH = call.keep_queries(grad_log_rem_BHT[..., None])[..., 0].to(wide).transpose(1, 2)
-    for chunk in _chunks(call, cells):
+        grad_log_rem_BHT = call.keep_queries(grad_log_rem_BHT[..., None])[..., 0].to(wide)
+    grad_k_MSC = grad_v_MSC = None
+    for chunk in reversed(list(_chunks(call, cells))):  # the last one sees all keys
         q_MQC, grad_MQC = call.rows_of(call.q_BHTC, chunk), call.rows_of(grad_o, chunk)
         k_MSC, v_MSC = call.k_MSC[:, : chunk.end], call.v_MSC[:, : chunk.end]
         logits_MQS, grad_MQS = _product(q_MQC, k_MSC.mT), _product(grad_MQC, v_MSC.mT)
-        rest = None if grad_log_rem_BTH is None else call.heads_of(grad_log_rem_BTH, chunk).reshape(q_MQC.shape[:2])
+        rest = None if grad_log_rem_BHT is None else call.heads_of(grad_log_rem_BHT, chunk).reshape(q_MQC.shape[:2])
         weights_MQS, grad_logits_MQS = scan.backward(grad_MQS, rest, logits_MQS, call.rows(chunk), q_BHTC.dtype)
         del logits_MQS, grad_MQS
         _write(grad_q, chunk, call.G, grad_logits_MQS, k_MSC)
-        _accumulate(grad_k_MSC[:, : chunk.end], grad_logits_MQS.mT, q_MQC)
-        _accumulate(grad_v_MSC[:, : chunk.end], weights_MQS.mT, grad_MQC)
+        grad_k_MSC = _add_product(grad_k_MSC, grad_logits_MQS.mT, q_MQC)
+        grad_v_MSC = _add_product(grad_v_MSC, weights_MQS.mT, grad_MQC)
     return grad_q, _like(grad_k_MSC, k_BGSC), _like(grad_v_MSC, v_BGSC)
 
 
@@ -164,9 +163,9 @@ class _Call(NamedTuple):
     def keep_queries(self, x_BHTC: torch.Tensor) -> torch.Tensor:
         return x_BHTC if self.live_BT is None else torch.where(self.live_BT[:, None, :, None], x_BHTC, 0)
 
-    def heads_of(self, x_BTH: torch.Tensor, chunk: Chunk) -> torch.Tensor:
-        """View [B, G, queries, K] (head h = k*G + g)."""
-        return x_BTH[:, chunk.t0 : chunk.t1].unflatten(2, (-1, self.G)).permute(0, 3, 1, 2)
+    def heads_of(self, x_BHT: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+        """View [B, G, queries, K]."""
+        return _rows_view(x_BHT[..., None], chunk, self.G)[..., 0]
 
     def rows_of(self, x_BHTC: torch.Tensor, chunk: Chunk) -> torch.Tensor:
         """[M, Q, C], rows (query, k): a view where G = 1 and the heads of a token lie together."""
@@ -194,7 +193,7 @@ def _prepare(
     stop: float,
     causal: bool,
 ) -> _Call:
-    B, H, T, _ = q_BHTC.shape
+    B, H, T, C = q_BHTC.shape
     G, S = k_BGSC.shape[1:3]
     same, live_BT = _same(k_BGSC, v_BGSC), None
     if start_BT is not None or key_mask_BS is not None:
@@ -202,8 +201,8 @@ def _prepare(
         q_BHTC = torch.where(live_BT[:, None, :, None], q_BHTC, 0)
         k_BGSC = torch.where(key_live_BS[:, None, :, None], k_BGSC, 0)
         v_BGSC = k_BGSC if same else torch.where(key_live_BS[:, None, :, None], v_BGSC, 0)
-    k_MSC = k_BGSC.reshape(B * G, S, -1)
-    v_MSC = k_MSC if same else v_BGSC.reshape(B * G, S, -1)
+    k_MSC = k_BGSC.reshape(B * G, S, C)
+    v_MSC = k_MSC if same else v_BGSC.reshape(B * G, S, C)
     start_BT = None if start_BT is None else start_BT.int().contiguous()
     settings = Rows(B, T, H // G, scale, _log(stop), causal, start_BT, key_mask_BS)
     return _Call(q_BHTC, k_MSC, v_MSC, live_BT, G, settings)
@@ -249,14 +248,14 @@ def _chunks(call: _Call, cells: int) -> Iterator[Chunk]:
     size = max(fit // CHUNK_QUERIES * CHUNK_QUERIES, min(CHUNK_QUERIES, cells))
     offset = S - T if call.settings.causal else 0
     t0 = 0
-    while t0 < T:
+    while t0 < T and call.settings.batch > 0:
         t1 = min(T, t0 + size - (offset + t0) % size)
         yield Chunk(t0, t1, S - T + t1 if call.settings.causal else S)
         t0 = t1
 
 
 def _rows_view(x_BHTC: torch.Tensor, chunk: Chunk, G: int) -> torch.Tensor:
-    """View [B, G, queries, K, C]."""
+    """View [B, G, queries, K, C] (head h = k*G + g)."""
     return x_BHTC[:, :, chunk.t0 : chunk.t1].unflatten(1, (-1, G)).permute(0, 2, 3, 1, 4)
 
 
@@ -277,17 +276,22 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.bmm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.bmm(a.float(), b.float())
 
 
-def _accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a @ b, in float32 at least."""
-    if a.dtype.itemsize >= 4:
-        total.baddbmm_(a, b)
-    elif a.is_cuda:
-        torch.baddbmm(total, a, b, torch.float32, out=total)
+def _add_product(total: torch.Tensor | None, a_MSQ: torch.Tensor, b_MQC: torch.Tensor) -> torch.Tensor:
+    """total + a @ b in the first rows of total, in float32 at least; total None: a @ b."""
+    if total is None:
+        return _product(a_MSQ, b_MQC)
+    part = total[:, : a_MSQ.shape[1]]
+    if a_MSQ.dtype.itemsize < 4 and a_MSQ.is_cuda:
+        torch.baddbmm(part, a_MSQ, b_MQC, torch.float32, out=part)
     else:
-        total.baddbmm_(a.float(), b.float())
+        part.baddbmm_(a_MSQ.to(total.dtype), b_MQC.to(total.dtype))
+    return total
 
 
-def _like(x_MSC: torch.Tensor, like_BGSC: torch.Tensor) -> torch.Tensor:
+def _like(x_MSC: torch.Tensor | None, like_BGSC: torch.Tensor) -> torch.Tensor:
+    """x in the type and memory layout of `like`; zeros where no query added anything."""
+    if x_MSC is None:
+        return torch.zeros_like(like_BGSC)
     return torch.empty_like(like_BGSC).copy_(x_MSC.view(like_BGSC.shape))
 
 
