@@ -7,6 +7,7 @@ Shapes: `B` batch, `T` query time, `S` key time, `H` query heads, `G` key/value 
 leading axes.
 """
 
+from collections.abc import Mapping
 from typing import Literal, overload
 
 import torch
@@ -19,10 +20,15 @@ if backends.has_extension():
     from megamf.ops.stickbreaking import csrc
     from megamf.ops.stickbreaking import cuda as cuda  # registers the operations of csrc for CUDA tensors
 
+HAS_TRITON = not backends.package_problem("triton")
+if HAS_TRITON:
+    from megamf.ops.stickbreaking import triton
+
 __all__ = ["combine", "document_starts", "stickbreaking_attention", "stickbreaking_decode", "stickbreaking_scan"]
 
 # `csrc` and `cuda` are the same operations; torch chooses by the device of the tensors.
-IMPLEMENTATIONS = {"csrc": frozenset({"cpu"}), "cuda": frozenset({"cuda"}), "naive": frozenset[str]()}
+SCAN = {"csrc": frozenset({"cpu"}), "cuda": frozenset({"cuda"}), "naive": frozenset[str]()}
+IMPLEMENTATIONS = SCAN | {"triton": backends.TRITON_DEVICES}
 
 # A walk may stop when every stick of a block of queries is shorter than this: a sixth of the rounding error of
 # float32, about 1/1000 of that of the other types.
@@ -96,7 +102,9 @@ def stickbreaking_attention(
         over the keys that the query sees, 0 where it sees none; float32 (float64 for float64). Both outputs are
         differentiable.
     backend: "auto", "csrc" (CPU), "cuda" (float16 too, not float64; each query stops alone, in steps of 256 keys;
-        holds 2**23 logits or 64 queries at a time) or "naive".
+        holds 2**23 logits or 64 queries at a time), "triton" (GPU, float16 too, not float64, C up to 256; a block stops
+        at every 256th key, its up to 128 rows being the H/G queries of up to 128 positions) or "naive". "auto" on a
+        GPU is triton where it applies and is installed, else cuda.
 
     Returns o_BHTC, of q's dtype and memory layout, or (o_BHTC, log_rem_BHT). Same bits in every run, and for 1 to 8
     threads.
@@ -109,6 +117,10 @@ def stickbreaking_attention(
         o, log_rem = naive.attention_and_rest(q_BHTC, k_BGSC, v_BGSC, scale, start_BT, key_mask_BS, causal=causal)
         return (o, log_rem) if return_log_rem else o
     q, k, v = _channels_last(q_BHTC, k_BGSC, v_BGSC)
+    if name == "triton":
+        end = 0.0 if return_log_rem and stop is None else _stop(stop, q.dtype)
+        o, log_rem = triton.attention(q, k, v, start_BT, key_mask_BS, scale, end, causal)
+        return (o, log_rem) if return_log_rem else o
     if return_log_rem:
         stop = 0.0 if stop is None else _stop(stop, q.dtype)
         return csrc.attention_rest(q, k, v, start_BT, key_mask_BS, scale, stop, causal)
@@ -137,6 +149,8 @@ def stickbreaking_decode(
         if name == "naive":
             return naive.decode(q_BHC, k_BGSC, v_BGSC, scale, start_B, key_mask_BS)
         q, k, v = _channels_last(q_BHC, k_BGSC, v_BGSC)
+        if name == "triton":
+            return triton.decode(q, k, v, start_B, key_mask_BS, scale, _stop(stop, q.dtype))
         return csrc.decode(q, k, v, start_B, key_mask_BS, scale, _stop(stop, q.dtype))
 
 
@@ -156,7 +170,7 @@ def stickbreaking_scan(
         )
     if start_XT is not None:
         _check_start(start_XT, tuple(logits_XTS.shape[:-1]))
-    name = _choose("stickbreaking_scan", backend, logits_XTS)
+    name = _choose("stickbreaking_scan", backend, logits_XTS, SCAN)
     return naive.scan(logits_XTS, start_XT) if name == "naive" else csrc.scan(logits_XTS, start_XT)
 
 
@@ -181,9 +195,16 @@ def document_starts(cu_seqlens: torch.Tensor, B: int, T: int) -> torch.Tensor:
     return (torch.maximum(start_N, row_N) - row_N).view(B, T).int()
 
 
-def _choose(op: str, backend: str, x: torch.Tensor) -> str:
-    """The backend by name; the CUDA kernels compute in float32."""
-    name = backends.choose(op, backend, x.device, IMPLEMENTATIONS, backends.compiled(x.device))
+def _choose(
+    op: str, backend: str, x: torch.Tensor, implementations: Mapping[str, frozenset[str]] = IMPLEMENTATIONS
+) -> str:
+    """The backend by name: "auto" prefers triton on a GPU, for the heads it has kernels for; the CUDA kernels compute
+    in float32.
+    """
+    preferred = backends.compiled(x.device)
+    if preferred == "cuda" and HAS_TRITON and "triton" in implementations and triton.takes(x):
+        preferred = "triton"
+    name = backends.choose(op, backend, x.device, implementations, preferred)
     if name == "cuda" and x.dtype not in CUDA_TYPES:
         raise ValueError(f"{op}: backend cuda got {x.dtype}, expected one of {', '.join(map(str, CUDA_TYPES))}")
     return name
