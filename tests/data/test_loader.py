@@ -231,7 +231,7 @@ def test_without_mapping_the_samples_are_the_same(folder, monkeypatch):
         raise PermissionError("this file system maps nothing")
 
     monkeypatch.setattr(np, "memmap", refuse)
-    with pytest.raises(UserError, match="data.mmap=false"):
+    with pytest.raises(UserError, match=r"data\.mmap=false"):
         open_train(configuration(folder))
     plain = open_train(configuration(folder, mmap=False))
     assert [plain.sample(i).tolist() for i in range(5)] == wanted
