@@ -90,7 +90,13 @@ def test_no_process_outlives_the_job(folder, tmp_path, stop):
         sys.executable, megamf.tools.prepare.__file__, *arguments(folder, tmp_path / "out" / "x", "--workers", "2"),
         "--input", *[str(many)] * 40,
     ]  # fmt: skip
-    job = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    # A shell that starts this suite in the background has its children ignore SIGINT.
+    job = subprocess.Popen(
+        command,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     deadline = time.monotonic() + 60
     try:
         while not (any(tmp_path.glob("out/.x.*/bin")) and len(alive(job.pid)) >= 3):
