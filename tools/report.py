@@ -165,6 +165,7 @@ def draw(records: list[dict[str, Any]], file: Path) -> None:
     for axis, kind in zip(axes[0][1:], kinds, strict=True):
         rows = [row["load"] for row in sorted(loads, key=lambda row: row["layer"]) if row["kind"] == kind]
         image = axis.imshow(rows, aspect="auto", vmin=0)
+        axis.locator_params(integer=True)
         axis.set(title=f"{kind}: share of choices", xlabel="module", ylabel="layer")
         figure.colorbar(image, ax=axis)
     figure.tight_layout()
