@@ -229,7 +229,7 @@ def training_state(trainer: "Trainer") -> dict[str, Any]:
 
 
 def run_id(directory: Path) -> str:
-    """The same for all checkpoints of one run directory, wherever it is moved by its whole name."""
+    """Derived from `run.dir` as it was given, so that all checkpoints of one run share it."""
     return uuid.uuid5(uuid.NAMESPACE_URL, str(directory)).hex
 
 

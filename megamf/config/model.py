@@ -38,7 +38,11 @@ class ModelConfig(Section):
     resid_pdrop: float = Field(0.0, ge=0, lt=1)
     moe_pdrop: float = Field(0.0, ge=0, lt=1)
     block_size: PositiveInt = Field(512, description="training segment length, informational in the public layout")
-    history_length: int = Field(512, ge=0, description="earlier tokens a segment may see (detached history)")
+    history_length: int = Field(
+        512,
+        ge=0,
+        description="earlier tokens a segment may see, informational like block_size: training rows stand alone",
+    )
     bos_token_id: int | None = 50256
     eos_token_id: int | None = 50256
 
