@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+from megamf import faults
 from megamf.apex import fused_adam
 from megamf.callbacks.checkpointing import Checkpointing, find_resume
 from megamf.callbacks.evaluation import Evaluation
@@ -43,6 +44,7 @@ def build_trainer(config: RunConfig, process: Process) -> Iterator[tuple[Trainer
 
     Whatever can be wrong with the input is found, on every rank alike, before the ranks meet.
     """
+    faults.reach("start", step=0)
     check(config, process.world)
     check_backends(config, process)
     train, valid = open_train(config), open_valid(config)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megamf import faults
 from megamf.callbacks.base import Callback
 from megamf.config import RunConfig
 from megamf.data.loader import MicroBatch, StepLoader
@@ -89,10 +90,12 @@ class Trainer:
             callback.on_train_start(self)
         stopped = False
         while self.step < self.config.train.steps and not stopped:
+            faults.reach("data", step=self.step + 1)
             result = self.train_step(self.loader.step(self.consumed))
             stopped = result.stop_requested
             for callback in self.callbacks:
                 callback.on_step_end(self, result)
+        faults.reach("end")
         for callback in self.callbacks:
             callback.on_train_end(self)
 
@@ -116,7 +119,9 @@ class Trainer:
         seen: Packed | None = None
         norm = torch.zeros(())
         for last, batch in ((i == len(batches) - 1, batch) for i, batch in enumerate(batches)):
+            faults.reach("forward")
             loss_sum, local = self.engine(*self.on_device(batch))
+            loss_sum = faults.spoil("loss", loss_sum)
             loss = loss_sum / num_labels * shares
             cross_entropy += loss_sum.detach() / num_labels
             if local is not None:
@@ -124,13 +129,16 @@ class Trainer:
                 loss = loss + added
                 auxiliary += value / shares
                 seen = summed if seen is None else seen.with_flat(seen.flat() + summed.flat())
+            faults.reach("backward", model=self.model)
             self.engine.backward(loss)
+            faults.reach("gradients")
             if last and self.engine.zero_optimization_stage() == 0:
                 norm = clip_gradients(self.engine, self.mesh, self.config.optim.clip)
             self.engine.step()
         if self.engine.zero_optimization_stage() > 0:
             norm = self.engine.get_global_grad_norm()
 
+        faults.reach("step")
         self.step += 1
         losses = self.total(torch.stack([cross_entropy, auxiliary]))
         if seen is not None:

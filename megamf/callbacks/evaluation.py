@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from megamf import faults
 from megamf.callbacks.base import Callback
 from megamf.callbacks.module_load import load_summary, module_load
 
@@ -36,6 +37,7 @@ class Evaluation(Callback):
         sums = torch.zeros(2, dtype=torch.float64)
         routers = None
         for batch_index in range(trainer.config.train.eval_batches):
+            faults.reach("evaluation")
             for batch in self.loader.step(batch_index * trainer.config.train.global_batch):
                 loss, packed = trainer.objective(*trainer.on_device(batch))
                 sums += torch.tensor([loss.item(), float((batch.label_BT != -100).sum())], dtype=torch.float64)

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megamf import faults
 from megamf.checkpoint import layout
 from megamf.checkpoint.schema import FileEntry, TensorEntry
 
@@ -51,6 +52,7 @@ def write_shard(
     with open(path, "wb") as file, ThreadPoolExecutor(1) as hasher:
         file.write(header)
         for name, tensor in ordered:
+            faults.reach("save.shard")
             flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
             content = memoryview(flat.numpy())
             crc = 0

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megamf import faults
 from megamf.model.dispatch import Dispatcher, LocalDispatcher, Plan, sort_copies, unsort_copies
 from megamf.ops.permutation import permute, sort_by_expert
 from megamf.parallel.mesh import Mesh
@@ -81,6 +82,7 @@ class AllToAll(torch.autograd.Function):
 
 def exchange(x_RD: torch.Tensor, send_P: list[int], receive_P: list[int], group: dist.ProcessGroup) -> torch.Tensor:
     """x_RD, rows in rank order -> the rows that the ranks sent here, in rank order."""
+    faults.reach("dispatch")
     received = x_RD.new_empty(sum(receive_P), *x_RD.shape[1:])
     dist.all_to_all_single(received, x_RD.contiguous(), receive_P, send_P, group=group)
     return received
