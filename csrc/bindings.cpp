@@ -35,7 +35,9 @@ TORCH_LIBRARY(megamf, m) {
       "float log_stop) -> Tensor");
   m.def("sort_by_expert(Tensor expert_NK, int num_experts) -> (Tensor, Tensor, Tensor)");
   m.def("permute(Tensor x_ND, Tensor order_R, Tensor inverse_R, int top_k) -> Tensor");
+  m.def("permute_into(Tensor x_ND, Tensor order_R, Tensor inverse_R, int top_k, Tensor(a!) out_RD) -> ()");
   m.def("unpermute(Tensor y_RD, Tensor order_R, Tensor inverse_R, Tensor? gate_NK, int top_k) -> Tensor");
+  m.def("unpermute_into(Tensor y_RD, Tensor order_R, Tensor inverse_R, Tensor? gate_NK, int top_k, Tensor(a!) out_ND) -> ()");
   m.def("unpermute_backward(Tensor grad_ND, Tensor y_RD, Tensor order_R, Tensor gate_NK) -> (Tensor, Tensor)");
   m.def("expert_products(Tensor x_RD, Tensor w_LDF, Tensor count_L) -> Tensor");
   m.def("expert_outer_products(Tensor x_RD, Tensor grad_RF, Tensor count_L) -> Tensor");
@@ -51,7 +53,9 @@ TORCH_LIBRARY_IMPL(megamf, CPU, m) {
   m.impl("stickbreaking_scan_backward", stickbreaking_scan_backward_cpu);
   m.impl("sort_by_expert", sort_by_expert_cpu);
   m.impl("permute", permute_cpu);
+  m.impl("permute_into", permute_into_cpu);
   m.impl("unpermute", unpermute_cpu);
+  m.impl("unpermute_into", unpermute_into_cpu);
   m.impl("unpermute_backward", unpermute_backward_cpu);
   m.impl("expert_products", expert_products_cpu);
   m.impl("expert_outer_products", expert_outer_products_cpu);

@@ -17,8 +17,12 @@ at::Tensor stickbreaking_decode_cpu(const at::Tensor& q_BHC, const at::Tensor& k
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> sort_by_expert_cpu(const at::Tensor& expert_NK, int64_t num_experts);
 at::Tensor permute_cpu(const at::Tensor& x_ND, const at::Tensor& order_R, const at::Tensor& inverse_R, int64_t top_k);
+void permute_into_cpu(const at::Tensor& x_ND, const at::Tensor& order_R, const at::Tensor& inverse_R, int64_t top_k,
+                            const at::Tensor& out_RD);
 at::Tensor unpermute_cpu(const at::Tensor& y_RD, const at::Tensor& order_R, const at::Tensor& inverse_R,
                          const std::optional<at::Tensor>& gate_NK, int64_t top_k);
+void unpermute_into_cpu(const at::Tensor& y_RD, const at::Tensor& order_R, const at::Tensor& inverse_R,
+                              const std::optional<at::Tensor>& gate_NK, int64_t top_k, const at::Tensor& out_ND);
 std::tuple<at::Tensor, at::Tensor> unpermute_backward_cpu(const at::Tensor& grad_ND, const at::Tensor& y_RD,
                                                           const at::Tensor& order_R, const at::Tensor& gate_NK);
 

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "heads.h"
@@ -23,22 +24,34 @@ void check_order(const at::Tensor& order, int64_t rows, const char* name) {
                     " is ", order.scalar_type(), " of shape ", order.sizes(), ", expected contiguous int64 [", rows, "]");
 }
 
+void check_out(const at::Tensor& out, const at::Tensor& like, int64_t rows) {
+  TORCH_CHECK_VALUE(out.dim() == 2 && out.size(0) == rows && out.size(1) == like.size(1) && out.scalar_type() == like.scalar_type() &&
+                        out.is_contiguous(),
+                    "out is ", out.scalar_type(), " of shape ", out.sizes(), ", expected contiguous ", like.scalar_type(), " [", rows,
+                    ", ", like.size(1), "]");
+}
+
 // An index from outside must not become an address.
 int64_t checked(int64_t index, int64_t rows, const char* name) {
   TORCH_CHECK_INDEX(index >= 0 && index < rows, name, " holds ", index, ", expected 0 to ", rows - 1);
   return index;
 }
 
-// The rows are gathered from everywhere, which the processor cannot foresee: while one is worked on, the next is fetched.
-constexpr int64_t kLine = 64;
+// A result of more bytes than this is gone from the caches before it is read: it is streamed to memory.
+constexpr int64_t kStreamed = 8 << 20;
 
-MEGAMF_INLINE void copy_row(const char* from, const char* next, int64_t bytes, char* to) {
+bool streamed(const at::Tensor& out, int64_t row_bytes) {
+  const auto address = reinterpret_cast<uintptr_t>(out.const_data_ptr());
+  return row_bytes % kLine == 0 && address % kLine == 0 && static_cast<int64_t>(out.nbytes()) > kStreamed;
+}
+
+template <bool kStream>
+MEGAMF_INLINE void copy_row(const char* from, int64_t bytes, char* to) {
   int64_t at = 0;
-  for (; at + kLine <= bytes; at += kLine) {
-    __builtin_prefetch(next + at);
-    std::memcpy(to + at, from + at, kLine);
-  }
-  std::memcpy(to + at, from + at, bytes - at);
+  if constexpr (kStream)
+    for (; at + kLine <= bytes; at += kLine) stream_line(to + at, from + at);
+  else
+    std::memcpy(to, from, bytes);
 }
 
 template <class T, class In>
@@ -55,8 +68,9 @@ MEGAMF_INLINE void store_narrow(Out* to, Vec<T> x) {
   for (int i = 0; i < kLanes<T>; ++i) to[i] = static_cast<Out>(x[i]);
 }
 
+// The rows are gathered from everywhere, which the processor cannot foresee: while one is worked on, the next is fetched.
 // Channels d to d + kVecs vectors of out = sum_k gate[k] * rows[k], the sum in registers.
-template <int kVecs, class T, class In>
+template <int kVecs, bool kStream, class T, class In>
 MEGAMF_INLINE void combine_channels(const In* const* rows, const In* const* next, const T* gate, int64_t K, int64_t d, In* out) {
   Vec<T> sum[kVecs] = {};
   for (int64_t k = 0; k < K; ++k) {
@@ -67,14 +81,22 @@ MEGAMF_INLINE void combine_channels(const In* const* rows, const In* const* next
       sum[v] = fma(g, load_wide<T>(rows[k] + at), sum[v]);
     }
   }
-  for (int v = 0; v < kVecs; ++v) store_narrow<T>(out + d + v * kLanes<T>, sum[v]);
+  constexpr int64_t kBytes = kVecs * kLanes<T> * sizeof(In);
+  if constexpr (kStream && kBytes % kLine == 0) {
+    alignas(kLine) In line[kVecs * kLanes<T>];
+    for (int v = 0; v < kVecs; ++v) store_narrow<T>(line + v * kLanes<T>, sum[v]);
+    for (int64_t at = 0; at < kBytes; at += kLine)
+      stream_line(reinterpret_cast<char*>(out + d) + at, reinterpret_cast<const char*>(line) + at);
+  } else {
+    for (int v = 0; v < kVecs; ++v) store_narrow<T>(out + d + v * kLanes<T>, sum[v]);
+  }
 }
 
-template <class T, class In>
+template <bool kStream, class T, class In>
 void combine_row(const In* const* rows, const In* const* next, const T* gate, int64_t K, int64_t D, In* out) {
   int64_t d = 0;
-  for (; d + 4 * kLanes<T> <= D; d += 4 * kLanes<T>) combine_channels<4>(rows, next, gate, K, d, out);
-  for (; d + kLanes<T> <= D; d += kLanes<T>) combine_channels<1>(rows, next, gate, K, d, out);
+  for (; d + 4 * kLanes<T> <= D; d += 4 * kLanes<T>) combine_channels<4, kStream>(rows, next, gate, K, d, out);
+  for (; d + kLanes<T> <= D; d += kLanes<T>) combine_channels<1, false>(rows, next, gate, K, d, out);
   for (; d < D; ++d) {
     T sum = 0;
     for (int64_t k = 0; k < K; ++k) sum += (gate ? gate[k] : T(1)) * static_cast<T>(rows[k][d]);
@@ -130,39 +152,52 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> sort_by_expert_cpu(const at::Tens
 }
 
 // out[r] = x[order[r] / top_k]
-at::Tensor permute_cpu(const at::Tensor& x_ND, const at::Tensor& order_R, const at::Tensor& inverse_R, int64_t top_k) {
+void permute_into_cpu(const at::Tensor& x_ND, const at::Tensor& order_R, const at::Tensor& inverse_R, int64_t top_k,
+                            const at::Tensor& out_RD) {
   TORCH_CHECK_VALUE(x_ND.dim() == 2 && top_k > 0, "x has ", x_ND.dim(), " dimensions and top_k is ", top_k, ", expected 2 and >= 1");
   const int64_t N = x_ND.size(0), D = x_ND.size(1), R = N * top_k;
   check_order(order_R, R, "order_R");
   check_order(inverse_R, R, "inverse_R");  // the backward pass gathers with it
+  check_out(out_RD, x_ND, R);
   const at::Tensor x = x_ND.contiguous();
-  at::Tensor out_RD = at::empty({R, D}, x.options());
-  const int64_t* order = order_R.const_data_ptr<int64_t>();
+  const int64_t *order = order_R.const_data_ptr<int64_t>(), *inverse = inverse_R.const_data_ptr<int64_t>();
   const int64_t bytes = D * x.element_size();
   const char* from = static_cast<const char*>(x.const_data_ptr());
   char* to = static_cast<char*>(out_RD.mutable_data_ptr());
-  at::parallel_for(0, R, kGrain, [&](int64_t begin, int64_t end) {
-    const auto row = [&](int64_t r) { return from + checked(order[r], R, "order_R") / top_k * bytes; };
-    const char* next = begin < end ? row(begin) : nullptr;
-    for (int64_t r = begin; r < end; ++r) {
-      const char* now = next;
-      if (r + 1 < end) next = row(r + 1);
-      copy_row(now, next, bytes, to + r * bytes);
-    }
+  // Token by token: each row is read once, in the order of memory, and its copies are written where they belong.
+  const auto scatter = [&](auto stream, int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n)
+      for (int64_t nk = n * top_k; nk < (n + 1) * top_k; ++nk) {
+        const int64_t r = checked(inverse[nk], R, "inverse_R");
+        // For every nk: so the rows r are all different, and none is left out.
+        TORCH_CHECK_INDEX(order[r] == nk, "order_R holds ", order[r], " at ", r, ", where inverse_R puts ", nk);
+        copy_row<decltype(stream)::value>(from + n * bytes, bytes, to + r * bytes);
+      }
+    if constexpr (decltype(stream)::value) stream_end();
+  };
+  const bool past_caches = streamed(out_RD, bytes);
+  at::parallel_for(0, N, kGrain, [&](int64_t begin, int64_t end) {
+    past_caches ? scatter(std::true_type{}, begin, end) : scatter(std::false_type{}, begin, end);
   });
+}
+
+at::Tensor permute_cpu(const at::Tensor& x_ND, const at::Tensor& order_R, const at::Tensor& inverse_R, int64_t top_k) {
+  const bool fits = x_ND.dim() == 2 && top_k > 0;
+  at::Tensor out_RD = at::empty({fits ? x_ND.size(0) * top_k : 0, fits ? x_ND.size(1) : 0}, x_ND.options());
+  permute_into_cpu(x_ND, order_R, inverse_R, top_k, out_RD);
   return out_RD;
 }
 
 // out[n] = sum_k gate[n, k] * y[inverse[n * K + k]]; without a gate the plain sum.
-at::Tensor unpermute_cpu(const at::Tensor& y_RD, const at::Tensor& order_R, const at::Tensor& inverse_R,
-                         const std::optional<at::Tensor>& gate_NK, int64_t top_k) {
+void unpermute_into_cpu(const at::Tensor& y_RD, const at::Tensor& order_R, const at::Tensor& inverse_R,
+                              const std::optional<at::Tensor>& gate_NK, int64_t top_k, const at::Tensor& out_ND) {
   TORCH_CHECK_VALUE(y_RD.dim() == 2 && top_k > 0 && y_RD.size(0) % top_k == 0, "y has shape ", y_RD.sizes(), " and top_k is ", top_k,
                     ", expected [N * top_k, D]");
   const int64_t R = y_RD.size(0), D = y_RD.size(1), N = R / top_k;
   check_order(inverse_R, R, "inverse_R");
   check_order(order_R, R, "order_R");  // the backward pass gathers with it
+  check_out(out_ND, y_RD, N);
   const at::Tensor y = y_RD.contiguous();
-  at::Tensor out_ND = at::empty({N, D}, y.options());
   const int64_t* inverse = inverse_R.const_data_ptr<int64_t>();
   AT_DISPATCH_FLOATING_TYPES_AND(at::kBFloat16, y.scalar_type(), "unpermute", [&] {
     using T = Acc<scalar_t>;
@@ -175,7 +210,8 @@ at::Tensor unpermute_cpu(const at::Tensor& y_RD, const at::Tensor& order_R, cons
     const T* weight = gate.defined() ? gate.const_data_ptr<T>() : nullptr;
     const scalar_t* from = y.const_data_ptr<scalar_t>();
     scalar_t* to = out_ND.mutable_data_ptr<scalar_t>();
-    at::parallel_for(0, N, kGrain, [&](int64_t begin, int64_t end) {
+    const auto gather = [&](auto stream, int64_t begin, int64_t end) {
+      constexpr bool kStream = decltype(stream)::value;
       std::vector<const scalar_t*> now(top_k), next(top_k);
       const auto find = [&](int64_t n) {
         for (int64_t k = 0; k < top_k; ++k) next[k] = from + checked(inverse[n * top_k + k], R, "inverse_R") * D;
@@ -184,10 +220,22 @@ at::Tensor unpermute_cpu(const at::Tensor& y_RD, const at::Tensor& order_R, cons
       for (int64_t n = begin; n < end; ++n) {
         now = next;
         if (n + 1 < end) find(n + 1);
-        combine_row(now.data(), next.data(), weight ? weight + n * top_k : nullptr, top_k, D, to + n * D);
+        combine_row<kStream>(now.data(), next.data(), weight ? weight + n * top_k : nullptr, top_k, D, to + n * D);
       }
+      if constexpr (kStream) stream_end();
+    };
+    const bool past_caches = streamed(out_ND, D * sizeof(scalar_t));
+    at::parallel_for(0, N, kGrain, [&](int64_t begin, int64_t end) {
+      past_caches ? gather(std::true_type{}, begin, end) : gather(std::false_type{}, begin, end);
     });
   });
+}
+
+at::Tensor unpermute_cpu(const at::Tensor& y_RD, const at::Tensor& order_R, const at::Tensor& inverse_R,
+                         const std::optional<at::Tensor>& gate_NK, int64_t top_k) {
+  const bool fits = y_RD.dim() == 2 && top_k > 0;
+  at::Tensor out_ND = at::empty({fits ? y_RD.size(0) / top_k : 0, fits ? y_RD.size(1) : 0}, y_RD.options());
+  unpermute_into_cpu(y_RD, order_R, inverse_R, gate_NK, top_k, out_ND);
   return out_ND;
 }
 

@@ -60,6 +60,26 @@ MEGAMF_INLINE void store(T* p, Vec<T> x) {
   *reinterpret_cast<typename Simd<T>::VecU*>(p) = x;
 }
 
+constexpr int64_t kLine = 64;  // bytes of a cache line
+
+// One line, aligned at its destination, past the caches: it is not read before it is written, and pushes nothing out.
+MEGAMF_INLINE void stream_line(void* to, const void* from) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_loadu_si512(from));
+#elif defined(__x86_64__)
+  for (int i = 0; i < 4; ++i) _mm_stream_si128(static_cast<__m128i*>(to) + i, _mm_loadu_si128(static_cast<const __m128i*>(from) + i));
+#else
+  __builtin_memcpy(to, from, kLine);
+#endif
+}
+
+// After the last streamed line of a thread, before others read.
+MEGAMF_INLINE void stream_end() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 template <class T>
 MEGAMF_INLINE IntVec<T> load_int(const LaneInt<T>* p) {
   return *reinterpret_cast<const typename Simd<T>::IntVecU*>(p);

@@ -22,6 +22,7 @@ from megamf.bench.training import every_key, training_step
 from megamf.config import ModelConfig
 from megamf.ops.grouped_linear import grouped_linear
 from megamf.ops.permutation import permute, sort_by_expert, unpermute
+from megamf.ops.permutation.into import permute_into, unpermute_into
 from megamf.ops.stickbreaking import stickbreaking_attention
 from megamf.plan import train_flops_per_token
 
@@ -43,7 +44,7 @@ def run(progress: Callable[[str], Callable[[], None]], *, repeats: int = 15) -> 
         *attention(1, 4, 4096, 64, "_t4096", few, progress("attention, T 4096")),
         *large_heads(1024, 1024, 2, few, progress("attention, C 1024")),
         *exhaustion(1, 2, 16384, 64, 64, few, progress("exhaustion, T 16384")),
-        *permutation(16384, 512, 16, 2, repeats, progress("permutation")),
+        *permutation(16384, 512, 16, 2, 2 * repeats, progress("permutation")),
         *experts(4096, 512, 1024, 16, 2, repeats, progress("experts")),
         *training(max(3, repeats // 2), progress("training")),
         *memory(progress("memory, T 8192")),
@@ -149,30 +150,42 @@ def exhaustion(B: int, H: int, T: int, C: int, tokens: int, repeats: int, tick: 
 
 
 def permutation(N: int, D: int, E: int, K: int, repeats: int, tick: Callable[[], None]) -> list[Figure]:
-    """Share of the memory-copy bandwidth: bytes read and written a second, over those of copying the output (`clone`).
+    """Share of the memory-copy bandwidth: the time of a copy that moves as many bytes, over that of the operation.
 
-    The rows that `permute` writes it also reads, so it moves what a copy of its output moves. `unpermute` reads K rows
-    for each it writes: (K + 1) / 2 times the bytes of a copy of its output. Both sides put their results into fresh
-    memory, and the suite's size is several times the caches: within them a copy is no measure of the memory.
+    Both move (K + 1) N rows: `permute` reads N and writes K N, `unpermute` reads K N and writes N, a copy of
+    (K + 1) N / 2 rows reads and writes those. All sides write into memory that the process already has (`copy_`,
+    `permute_into`, `unpermute_into`). The figures with `fresh` in their name are the functions as a model calls them,
+    beside `clone` of as much as they return: there most of the time is the operating system's, which hands out every
+    page.
+    The suite's size is several times the caches: within them a copy is no measure of the memory.
     """
     x_ND, gate_NK, y_RD = torch.randn(N, D), torch.rand(N, K), torch.randn(N * K, D)
     order_R, inverse_R, _ = sort_by_expert(torch.rand(N, E).topk(K).indices, E)
+    out_RD, out_ND = torch.ones(N * K, D), torch.ones(N, D)
+    source_MD, copy_MD = torch.randn((K + 1) * N // 2, D), torch.ones((K + 1) * N // 2, D)
     median = interleaved(
         {
-            "copy_R": lambda: y_RD.clone(),
-            "permute": lambda: permute(x_ND, order_R, inverse_R, K),
-            "copy_N": lambda: x_ND.clone(),
-            "unpermute": lambda: unpermute(y_RD, order_R, inverse_R, gate_NK),
+            "copy": lambda: copy_MD.copy_(source_MD),
+            "permute": lambda: permute_into(x_ND, order_R, inverse_R, K, out_RD),
+            "unpermute": lambda: unpermute_into(y_RD, order_R, inverse_R, gate_NK, K, out_ND),
+            "clone_permute": lambda: out_RD.clone(),
+            "fresh_permute": lambda: permute(x_ND, order_R, inverse_R, K),
+            "clone_unpermute": lambda: out_ND.clone(),
+            "fresh_unpermute": lambda: unpermute(y_RD, order_R, inverse_R, gate_NK),
         },
         repeats=repeats,
         progress=tick,
     )
-    shares = {
-        "permute": median["copy_R"] / median["permute"],
-        "unpermute": (K + 1) / 2 * median["copy_N"] / median["unpermute"],
-    }
-    size = f"{N} tokens of {D}, top-{K}; bytes read and written a second, over those of copying its output"
-    return [Figure(f"{name}_vs_copy", share, f"forward, {size}", at_least=0.6) for name, share in shares.items()]
+    size = f"forward, {N} tokens of {D}, top-{K}"
+    strict = f"bytes read and written a second over those of a plain copy, into memory that is there; {size}"
+    fresh = f"throughput over `clone` of as much as it returns, both into fresh memory; {size}"
+    return [
+        *(Figure(f"{n}_vs_copy", median["copy"] / median[n], strict, at_least=0.6) for n in ("permute", "unpermute")),
+        *(
+            Figure(f"{n}_fresh_vs_clone", median[f"clone_{n}"] / median[f"fresh_{n}"], fresh)
+            for n in ("permute", "unpermute")
+        ),
+    ]
 
 
 def experts(N: int, D: int, hidden: int, E: int, K: int, repeats: int, tick: Callable[[], None]) -> list[Figure]:

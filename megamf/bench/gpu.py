@@ -118,50 +118,59 @@ def versus_softmax(
 
 
 def large_heads(place: Place, B: int, H: int, T: int, C: int, tick: Callable[[], None]) -> list[Figure]:
-    """The released models' attention (K = V, one head, H queries a token) against its two matrix products, forward."""
-    q, kv = place.randn(B, H, T, C), place.randn(B, 1, T, C)
-    q_BMC, kv_BTC, weights_BMT = q.view(B, H * T, C), kv.view(B, T, C), place.randn(B, H * T, T)
+    """The released models' attention (K = V, one head, H queries a token) against its two matrix products alone.
+
+    Forward and backward on both sides: torch's gradients of logits = q K^T and o = weights V are two products each.
+    """
+    q, grad, kv = place.randn(B, H, T, C, grad=True), place.randn(B, H, T, C), place.randn(B, 1, T, C, grad=True)
+    q_BMC, kv_BTC, weights_BMT = (place.randn(B, *size, grad=True) for size in ((H * T, C), (T, C), (H * T, T)))
+    grad_BMC, grad_BMT = grad.view(B, H * T, C), place.randn(B, H * T, T)
 
     def products() -> None:
-        q_BMC @ kv_BTC.mT
-        weights_BMT @ kv_BTC
+        logits_BMT, o_BMC = q_BMC @ kv_BTC.mT, weights_BMT @ kv_BTC
+        torch.autograd.grad((logits_BMT, o_BMC), (q_BMC, kv_BTC, weights_BMT), (grad_BMT, grad_BMC))
 
-    cases = {"ours": lambda: stickbreaking_attention(q, kv, kv, stop=0.0), "products": products}
-    median = place.medians(cases, tick)
+    def ours() -> object:
+        return torch.autograd.grad(stickbreaking_attention(q, kv, kv, stop=0.0), (q, kv), grad)
+
+    median = place.medians({"ours": ours, "products": products}, tick)
     shape = f"batch {B}, C {C}, K = V, {H} queries a token, T {T}"
     return [
+        Figure(f"stickbreaking_c{C}_ms", 1e3 * median["ours"], f"stick-breaking attention, every key, {shape}"),
+        Figure(f"gemms_c{C}_ms", 1e3 * median["products"], f"its two matrix products and their gradients, {shape}"),
         Figure(
             f"stickbreaking_vs_gemm_c{C}",
             median["products"] / median["ours"],
-            f"forward, throughput over the two square matrix products alone, {shape}",
+            f"throughput over the two square matrix products alone, forward and backward, {shape}",
             at_least=0.6,
-        )
+        ),
     ]
 
 
 def permutation(place: Place, N: int, D: int, E: int, K: int, tick: Callable[[], None]) -> list[Figure]:
-    """Share of the memory-copy bandwidth, as `permutation` of the `cpu` suite defines it."""
+    """Share of the memory-copy bandwidth, as `permutation` of the `cpu` suite defines it.
+
+    All results go to memory that torch already holds: its allocator on a GPU keeps what it once had.
+    """
     x_ND, y_RD = place.randn(N, D), place.randn(N * K, D)
+    source_MD = place.randn((K + 1) * N // 2, D)
     gate_NK = torch.rand(N, K, device=place.device)
     expert_NK = torch.rand(N, E, device=place.device).topk(K).indices
     order_R, inverse_R, _ = sort_by_expert(expert_NK, E)
     median = place.medians(
         {
-            "copy_R": lambda: y_RD.clone(),
+            "copy": lambda: source_MD.clone(),
             "permute": lambda: permute(x_ND, order_R, inverse_R, K),
-            "copy_N": lambda: x_ND.clone(),
             "unpermute": lambda: unpermute(y_RD, order_R, inverse_R, gate_NK),
             "sort": lambda: sort_by_expert(expert_NK, E),
         },
         tick,
     )
-    shares = {
-        "permute": median["copy_R"] / median["permute"],
-        "unpermute": (K + 1) / 2 * median["copy_N"] / median["unpermute"],
-    }
-    size = f"{N} tokens of {D}, top-{K}; bytes read and written a second, over those of copying its output"
-    figures = [Figure(f"{name}_vs_copy", share, f"forward, {size}", at_least=0.8) for name, share in shares.items()]
-    return [*figures, Figure("sort_ms", 1e3 * median["sort"], f"sorting {N * K} choices of {E} experts")]
+    meaning = f"forward, bytes read and written a second over those of a plain copy; {N} tokens of {D}, top-{K}"
+    return [
+        *(Figure(f"{n}_vs_copy", median["copy"] / median[n], meaning, at_least=0.8) for n in ("permute", "unpermute")),
+        Figure("sort_ms", 1e3 * median["sort"], f"sorting {N * K} choices of {E} experts"),
+    ]
 
 
 def expert_layer(

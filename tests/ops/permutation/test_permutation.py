@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from megamf.ops.permutation import Sorted, naive, permute, sort_by_expert, unpermute
+from megamf.ops.permutation import Sorted, into, naive, permute, sort_by_expert, unpermute
 
 LIMITS = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 4e-3}
 
@@ -74,6 +74,34 @@ def test_round_trip_with_gradients(kind: str, N: int, K: int, E: int, D: int, dt
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
 
+@pytest.mark.parametrize("D", [257, 512])
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+def test_results_beyond_the_caches(dtype: torch.dtype, D: int) -> None:
+    """Rows of whole cache lines are streamed to memory there, others are not."""
+    N, K = 10_000, 2
+    x, y = torch.randn(N, D).to(dtype), torch.randn(N * K, D).to(dtype)
+    gate = torch.rand(N, K, dtype=torch.promote_types(dtype, torch.float32))
+    s = sort_by_expert(routing("random", N, K, 8), 8)
+    assert torch.equal(permute(x, s.order_R, s.inverse_R, K), naive.permute(x, s.order_R, K))
+    got, want = unpermute(y, s.order_R, s.inverse_R, gate), naive.unpermute(y.double(), s.inverse_R, gate.double())
+    assert float((got.double() - want).norm()) <= LIMITS[dtype] * float(want.norm())
+
+
+def test_into_memory_that_is_there() -> None:
+    s = sort_by_expert(routing("random", 50, 2, 8), 8)
+    x, y, gate = torch.randn(50, 24), torch.randn(100, 24), torch.rand(50, 2)
+    rows, combined = torch.full((100, 24), torch.nan), torch.full((50, 24), torch.nan)
+    into.permute_into(x, s.order_R, s.inverse_R, 2, rows)
+    into.unpermute_into(y, s.order_R, s.inverse_R, gate, 2, combined)
+    assert torch.equal(rows, permute(x, s.order_R, s.inverse_R, 2))
+    assert torch.equal(combined, unpermute(y, s.order_R, s.inverse_R, gate))
+    for wrong in (rows[:-1], rows.double(), rows.t().contiguous().t()):
+        with pytest.raises(ValueError, match=r"out is .* expected contiguous Float \[100, 24\]"):
+            into.permute_into(x, s.order_R, s.inverse_R, 2, wrong)
+    with pytest.raises(ValueError, match=r"expected contiguous Float \[50, 24\]"):
+        into.unpermute_into(y, s.order_R, s.inverse_R, gate, 2, rows)
+
+
 def test_combination_is_summed_in_float32() -> None:
     """256 + 1 + 1 is 258 in float32; in bfloat16, term by term, it stays 256."""
     y = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)
@@ -101,6 +129,13 @@ def test_opcheck() -> None:
     gate = torch.rand(6, 2, requires_grad=True)
     torch.library.opcheck(torch.ops.megamf.permute, (x, s.order_R, s.inverse_R, 2))
     torch.library.opcheck(torch.ops.megamf.unpermute, (y, s.order_R, s.inverse_R, gate, 2))
+    torch.library.opcheck(torch.ops.megamf.unpermute, (y, s.order_R, s.inverse_R, None, 2))
+    plain = x.detach(), y.detach(), gate.detach()
+    torch.library.opcheck(torch.ops.megamf.unpermute_backward, (*plain[:2], s.order_R, plain[2]))
+    warm = x.detach(), s.order_R, s.inverse_R, 2, torch.empty(12, 4)
+    torch.library.opcheck(torch.ops.megamf.permute_into, warm)
+    warm = y.detach(), s.order_R, s.inverse_R, gate.detach(), 2, torch.empty(6, 4)
+    torch.library.opcheck(torch.ops.megamf.unpermute_into, warm)
 
 
 def test_indices_out_of_range_are_refused() -> None:
@@ -108,8 +143,11 @@ def test_indices_out_of_range_are_refused() -> None:
         sort_by_expert(torch.tensor([[0], [3]]), 3)
     with pytest.raises(IndexError, match="expert_NK holds -1"):
         sort_by_expert(torch.tensor([[-1]]), 3)
-    with pytest.raises(IndexError, match="order_R holds 9"):
-        permute(torch.zeros(2, 3), torch.tensor([0, 9]), torch.tensor([0, 1]), 1)
+    with pytest.raises(IndexError, match="inverse_R holds 9, expected 0 to 1"):
+        permute(torch.zeros(2, 3), torch.tensor([0, 1]), torch.tensor([0, 9]), 1)
+    for order, inverse in (([0, 9], [0, 1]), ([0, 1], [1, 0]), ([0, 1], [0, 0])):  # one is not the other's inverse
+        with pytest.raises(IndexError, match=r"order_R holds \d at \d, where inverse_R puts \d"):
+            permute(torch.zeros(2, 3), torch.tensor(order), torch.tensor(inverse), 1)
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
