@@ -7,7 +7,7 @@ from megamf import faults
 from megamf.apex import fused_adam
 from megamf.callbacks.checkpointing import Checkpointing, find_resume
 from megamf.callbacks.evaluation import Evaluation
-from megamf.callbacks.guards import NonFiniteGuard
+from megamf.callbacks.guards import Guarding
 from megamf.callbacks.metrics import Metrics, require_wandb
 from megamf.callbacks.preemption import Preemption
 from megamf.callbacks.progress import ProgressDisplay
@@ -56,13 +56,13 @@ def build_trainer(config: RunConfig, process: Process) -> Iterator[tuple[Trainer
     with ExitStack() as stack:
         loader = stack.enter_context(step_loader(train, config, process))
         checkpointing, preemption = Checkpointing(config), Preemption()
-        # The guard comes first: a state that went bad is not saved.
+        # The guards come last: what made them go back is recorded before.
         callbacks = [
-            NonFiniteGuard(),
             checkpointing,
             preemption,
             Metrics(config),
             ProgressDisplay(config.logging.progress),
+            Guarding(config.guards, checkpointing),
         ]
         if valid is not None:
             validation = stack.enter_context(step_loader(valid, config, process))

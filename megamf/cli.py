@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from megamf.errors import UserError
+from megamf.errors import TrainingFailed, UserError
 
 
 def jobs() -> dict[str, str]:
@@ -36,12 +36,16 @@ def normalise(argv: list[str]) -> list[str]:
 
 
 def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> int:
-    """Run a job's `main` and turn its outcome into an exit code: 2 for the user's mistakes, 130 for Ctrl-C."""
+    """Run a job's `main` and turn its outcome into an exit code: 2 for the user's mistakes, 1 for training that cannot
+    go on, 130 for Ctrl-C."""
     try:
         return main(normalise(sys.argv[1:] if argv is None else argv))
     except UserError as error:
         print(f"megamf: {error}", file=sys.stderr)
         return 2
+    except TrainingFailed as error:
+        print(f"megamf: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("megamf: interrupted", file=sys.stderr)
         return 130

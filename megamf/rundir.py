@@ -8,7 +8,8 @@ import yaml
 
 from megamf.config import ConfigError, RunConfig, dump, to_tree
 
-# What a resumed run may do otherwise: nothing here changes what is learnt, beyond rounding.
+# What a resumed run may do otherwise: nothing here changes what is learnt, beyond rounding; but the guards, which
+# must be told otherwise after they gave up.
 FREE = {
     "run.dir",
     "deepspeed",
@@ -20,7 +21,7 @@ FREE = {
     "train.eval_batches",
     "train.loss_chunk",
 }
-FREE_SECTIONS = {"checkpoint", "logging", "parallel"}
+FREE_SECTIONS = {"checkpoint", "guards", "logging", "parallel"}
 
 
 def claim(config: RunConfig, write: bool = True) -> None:

@@ -8,6 +8,7 @@ global batch, whatever the layout.
 """
 
 import hashlib
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from megamf import faults
 from megamf.callbacks.base import Callback
 from megamf.config import RunConfig
 from megamf.data.loader import MicroBatch, StepLoader
+from megamf.guards import UpdateGuard
 from megamf.model import ModuleFormer, initialise
 from megamf.model.backends import Backends
 from megamf.model.losses import Packed, auxiliary_loss, routing_norm
@@ -27,14 +29,16 @@ from megamf.model.router import Router
 from megamf.parallel.dispatch import make_dispatcher
 from megamf.parallel.mesh import create_mesh
 from megamf.parallel.state import create_moments, torch_optimizer
+from megamf.parallel.update import gradient_square, skip_update
 from megamf.parallel.zero import build_engine, clip_gradients
 from megamf.schedule import learning_rate
 
 
 @dataclass
 class StepResult:
-    """One update, the same on every rank. `loss` is the mean cross entropy of the global batch in nats; `aux_loss`
-    everything that was added to it; `router_sums` the statistics of the whole global batch (None when dense)."""
+    """One update, the same on every rank; or one that was not made, and `skipped` says why. `loss` is the mean cross
+    entropy of the global batch in nats; `aux_loss` everything that was added to it; `router_sums` the statistics of the
+    whole global batch (None when dense)."""
 
     step: int
     tokens: int
@@ -43,8 +47,8 @@ class StepResult:
     lr: float
     grad_norm: float
     seconds: float
-    stop_requested: bool
     router_sums: Packed | None
+    skipped: str | None = None
 
 
 class Trainer:
@@ -57,7 +61,10 @@ class Trainer:
         self.mesh = create_mesh(config.parallel.ep)
         self.accumulation = config.train.accumulation_steps(self.mesh.world)
         self.step = 0
+        self.consumed = 0  # the place in the data: samples read by all ranks, also those of batches that were skipped
+        self.guard = UpdateGuard(config.guards)
         self.stop_requested = False
+        self.stopping = False
 
         model = ModuleFormer(config.model, make_dispatcher(self.mesh), Backends.of(config))
         model.set_activation_checkpointing(config.train.activation_checkpointing)
@@ -75,49 +82,58 @@ class Trainer:
         return self.mesh.rank == 0
 
     @property
-    def consumed(self) -> int:
-        """Training sequences used so far, by all ranks."""
-        return self.step * self.config.train.global_batch
-
-    @property
     def tokens(self) -> int:
-        """Training tokens used so far, by all ranks."""
-        return self.consumed * self.config.train.seq_len
+        """Tokens behind the updates made so far, of all ranks; batches that were skipped are not among them."""
+        return self.step * self.config.train.global_batch * self.config.train.seq_len
 
     def fit(self) -> None:
         """Train until `train.steps` updates are made or a stop is agreed on."""
         for callback in self.callbacks:
             callback.on_train_start(self)
-        stopped = False
-        while self.step < self.config.train.steps and not stopped:
+        self.agree_to_stop()
+        while self.step < self.config.train.steps and not self.stopping:
             faults.reach("data", step=self.step + 1)
             result = self.train_step(self.loader.step(self.consumed))
-            stopped = result.stop_requested
+            if result is None:
+                break
             for callback in self.callbacks:
-                callback.on_step_end(self, result)
+                if result.skipped:
+                    callback.on_skip(self, result)
+                else:
+                    callback.on_step_end(self, result)
         faults.reach("end")
         for callback in self.callbacks:
             callback.on_train_end(self)
 
-    def train_step(self, batches: Sequence[MicroBatch]) -> StepResult:
-        """One update on this rank's micro batches of a global batch."""
+    def agree_to_stop(self) -> bool:
+        """Whether any rank was asked to stop; from then on `stopping`, and the same on every rank. Collective."""
+        self.stopping = self.total(torch.tensor(float(self.stop_requested or self.stopping))).item() > 0
+        return self.stopping
+
+    def train_step(self, batches: Sequence[MicroBatch]) -> StepResult | None:
+        """One update on this rank's micro batches of the global batch that `consumed` stands at.
+
+        What is known of it by then, on all ranks, decides before the optimizer is touched whether it is made. None
+        where a stop was agreed on before any work.
+        """
         began = time.perf_counter()
+        labels = sum(int((batch.label_BT != -100).sum()) for batch in batches)
+        agreed = self.total(torch.tensor([labels, float(self.stop_requested)], dtype=torch.float64)).tolist()
+        num_labels, self.stopping = agreed[0], agreed[1] > 0
+        if self.stopping:
+            return None
         self.engine.train()
         torch.manual_seed(step_seed(self.config.run.seed, self.step, self.mesh.rank))
         rate = learning_rate(self.config.optim, self.step, self.config.train.steps)
         for group in torch_optimizer(self.engine).param_groups:
             group["lr"] = rate
 
-        labels = sum(int((batch.label_BT != -100).sum()) for batch in batches)
-        agreed = self.total(torch.tensor([labels, float(self.stop_requested)], dtype=torch.float64))
-        num_labels, stop = agreed[0].item(), agreed[1].item() > 0
         scope = self.global_router_sums(batches)
         shares = self.mesh.world * self.accumulation
 
         cross_entropy = torch.zeros((), dtype=torch.float64, device=self.device)
         auxiliary = torch.zeros_like(cross_entropy)
         seen: Packed | None = None
-        norm = torch.zeros(())
         for last, batch in ((i == len(batches) - 1, batch) for i, batch in enumerate(batches)):
             faults.reach("forward")
             loss_sum, local = self.engine(*self.on_device(batch))
@@ -132,21 +148,34 @@ class Trainer:
             faults.reach("backward", model=self.model)
             self.engine.backward(loss)
             faults.reach("gradients")
-            if last and self.engine.zero_optimization_stage() == 0:
-                norm = clip_gradients(self.engine, self.mesh, self.config.optim.clip)
-            self.engine.step()
-        if self.engine.zero_optimization_stage() > 0:
-            norm = self.engine.get_global_grad_norm()
+            if not last:
+                self.engine.step()
 
-        faults.reach("step")
-        self.step += 1
-        losses = self.total(torch.stack([cross_entropy, auxiliary]))
-        if seen is not None:
-            seen = self.whole_batch_sums(seen)
+        local = [cross_entropy, auxiliary, gradient_square(self.engine, self.mesh)]
+        asked = torch.full_like(cross_entropy, float(self.stop_requested))
+        loss, aux_loss, square, asked = self.total(torch.stack([*local, asked])).tolist()
+        norm = math.sqrt(square) if square >= 0 else math.nan
+        self.stopping = asked > 0
+        self.consumed += self.config.train.global_batch
+        skipped = self.guard.judge(loss, aux_loss, norm)
+        if skipped:
+            skip_update(self.engine)
+        else:
+            norm = self.update()
+            faults.reach("step")
+            self.step += 1
+            seen = None if seen is None else self.whole_batch_sums(seen)
         seconds = time.perf_counter() - began
-        return StepResult(
-            self.step, self.tokens, losses[0].item(), losses[1].item(), rate, float(norm), seconds, stop, seen
-        )
+        return StepResult(self.step, self.tokens, loss, aux_loss, rate, norm, seconds, seen, skipped)
+
+    def update(self) -> float:
+        """Clip and step; returns the gradient norm that was clipped by."""
+        if self.engine.zero_optimization_stage() == 0:
+            norm = clip_gradients(self.engine, self.mesh, self.config.optim.clip)
+            self.engine.step()
+            return norm.item()
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm())
 
     def added_losses(self, local: Packed, scope: Packed | None) -> tuple[torch.Tensor, torch.Tensor, Packed]:
         """What one micro batch adds to the engine's loss, the value to report, and the sums it was evaluated at.

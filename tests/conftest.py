@@ -1,6 +1,12 @@
 """What tests of several rooms share."""
 
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +14,7 @@ import torch
 
 from megamf.checkpoint import module_table, save
 from megamf.data.indexed import IndexedWriter, Metadata
+from megamf.parallel.launch import free_port
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -22,6 +29,38 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def one_thread():
     """Threads that wait for each other take far longer than the work of tiny models, and round differently."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def launch_ranks() -> Callable[[Path, int, Any, Path], None]:
+    """launch_ranks(script, world, work, out): `world` ranks of a script, all of which end well or the test fails.
+
+    The script gets `out` and a JSON file with `work`.
+    """
+
+    def run(script: Path, world: int, work: Any, out: Path) -> None:
+        out.mkdir()
+        (out / "work.json").write_text(json.dumps(work))
+        environment = os.environ | {
+            "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+            "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        command = [sys.executable, str(script), str(out), str(out / "work.json")]
+        ranks = []
+        for rank in range(world):
+            log = (out / f"rank-{rank}.log").open("w")
+            own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ranks.append(subprocess.Popen(command, env=own, stdout=log, stderr=subprocess.STDOUT))
+        try:
+            codes = [process.wait(timeout=400) for process in ranks]
+        finally:
+            for process in ranks:
+                process.kill()
+                process.wait()
+        logs = "\n".join((out / f"rank-{rank}.log").read_text()[-3000:] for rank in range(world))
+        assert codes == [0] * world, logs
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,8 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from megamf.trainer import StepResult, Trainer
 
 
@@ -13,7 +15,13 @@ class Callback:
         """Before the first step of this process."""
 
     def on_step_end(self, trainer: "Trainer", result: "StepResult") -> None:
-        """After every update."""
+        """After every update; not where a step was skipped."""
+
+    def on_skip(self, trainer: "Trainer", result: "StepResult") -> None:
+        """In place of `on_step_end` where the update was not made; `result.skipped` says why."""
+
+    def on_rollback(self, trainer: "Trainer", from_step: int, path: "Path") -> None:
+        """After the run went back from `from_step` to `trainer.step`, to the checkpoint `path`."""
 
     def on_evaluation(self, trainer: "Trainer", evaluation: dict[str, float]) -> None:
         """After every evaluation."""

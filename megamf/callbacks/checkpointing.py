@@ -18,6 +18,7 @@ from megamf.checkpoint import (
     check_model,
     finish,
     latest,
+    list_steps,
     module_table,
     newest_good,
     resolve,
@@ -27,8 +28,10 @@ from megamf.checkpoint import (
     verify,
     write_rank,
 )
+from megamf.checkpoint.layout import step_path
 from megamf.config import RunConfig, to_tree
 from megamf.errors import UserError
+from megamf.model.losses import Packed
 from megamf.parallel.state import (
     expected_names,
     global_shapes,
@@ -51,7 +54,8 @@ class Checkpointing(Callback):
         self.settings = config.checkpoint
         self.writer = BackgroundWriter()
         self.modules: list[Module] = _fresh_modules(config)
-        self.saved_step: int | None = None
+        self.saved: tuple[int, int] | None = None
+        self.router_sums: Packed | None = None
         self.resumed_from: Path | None = None
 
     def on_train_start(self, trainer: "Trainer") -> None:
@@ -63,23 +67,27 @@ class Checkpointing(Callback):
             self._start_from(trainer, self.settings.init_from)
 
     def on_step_end(self, trainer: "Trainer", result: "StepResult") -> None:
+        self.router_sums = result.router_sums
         due = self.settings.every and result.step % self.settings.every == 0
-        if due or result.stop_requested or result.step == trainer.config.train.steps:
-            self.save(trainer, result)
+        if due or result.step == trainer.config.train.steps:
+            self.save(trainer)
 
     def on_train_end(self, trainer: "Trainer") -> None:
+        if trainer.stopping:
+            self.save(trainer)
         self.writer.close()
         dist.barrier()
 
-    def save(self, trainer: "Trainer", result: "StepResult") -> None:
-        """Write a checkpoint of this step. Collective; every rank raises if one rank fails."""
-        if self.saved_step == result.step:
+    def save(self, trainer: "Trainer") -> None:
+        """Write a checkpoint of this step, if it is not written. Collective; every rank raises if one rank fails."""
+        if self.saved == (trainer.step, trainer.consumed):
             return
+        step = trainer.step
         self.writer.wait()
-        if result.router_sums is not None:
-            self._note_load(result)
+        if self.router_sums is not None:
+            self._note_load(step, self.router_sums)
         nonce = broadcast(uuid.uuid4().hex)
-        tmp = self._together(lambda: begin(self.root, result.step, nonce))
+        tmp = self._together(lambda: begin(self.root, step, nonce))
         # All collectives come before the first byte is written: a rank that meets a full disk leaves nobody waiting.
         tensors = snapshot(owned_state(trainer.engine, trainer.mesh))
         state, model = training_state(trainer), to_tree(trainer.config)["model"]
@@ -91,7 +99,7 @@ class Checkpointing(Callback):
 
         def publish() -> None:
             world = trainer.mesh.world
-            finish(tmp, self.root, result.step, world, state, self.modules, model, run_id=run_id, expected=expected)
+            finish(tmp, self.root, step, world, state, self.modules, model, run_id=run_id, expected=expected)
             rotate(self.root, self.settings.keep, self.settings.keep_every)
 
         if self.settings.background:
@@ -99,7 +107,36 @@ class Checkpointing(Callback):
         else:
             self._together(write, undo=lambda: abort(tmp))
             self._on_main(trainer, publish)
-        self.saved_step = result.step
+        self.saved = (step, trainer.consumed)
+
+    def roll_back(self, trainer: "Trainer") -> Path | None:
+        """Load the newest good checkpoint of this run, keep the place in the data, and write that state in its stead.
+
+        Returns what was loaded, None where there is none. Collective.
+        """
+        self._together(self.writer.wait)
+        for step in reversed(self._on_main(trainer, lambda: list_steps(self.root))):
+            path = step_path(self.root, step)
+            if not self._problems(trainer, path):
+                break
+        else:
+            return None
+        consumed = trainer.consumed
+        with Checkpoint(path) as checkpoint:
+            state = self._load(trainer, checkpoint)
+        trainer.guard.rolled_back(state.get("guard", {}))
+        trainer.consumed = consumed
+        # A run that is killed and started again must not meet the same data again.
+        self.router_sums = None
+        self.save(trainer)
+        return path
+
+    def _load(self, trainer: "Trainer", checkpoint: Checkpoint) -> dict[str, Any]:
+        state = checkpoint.state
+        load_state(trainer.engine, checkpoint, int(state["optimizer_step"]))
+        trainer.step, trainer.consumed = int(state["step"]), int(state["consumed_samples"])
+        self.modules = checkpoint.modules or self.modules
+        return state
 
     def _resume(self, trainer: "Trainer", path: Path) -> None:
         path = self._verified(trainer, path)
@@ -107,11 +144,11 @@ class Checkpointing(Callback):
             check_model(checkpoint, global_shapes(trainer.model, trainer.mesh))
             check_resumable(checkpoint)
             check_batches(checkpoint.state, trainer.config)
-            load_state(trainer.engine, checkpoint, int(checkpoint.state["optimizer_step"]))
-            trainer.step = int(checkpoint.state["step"])
-            self.modules = checkpoint.modules or self.modules
+            state = self._load(trainer, checkpoint)
+        trainer.guard.restore(state.get("guard", {}))
         self.resumed_from = path
-        self.saved_step = trainer.step if path.parent.resolve() == self.root.resolve() else None
+        own = path.parent.resolve() == self.root.resolve()
+        self.saved = (trainer.step, trainer.consumed) if own else None
 
     def _start_from(self, trainer: "Trainer", path: Path) -> None:
         path = self._verified(trainer, self._on_main(trainer, lambda: resolve(path)))
@@ -123,12 +160,10 @@ class Checkpointing(Callback):
 
     def _verified(self, trainer: "Trainer", path: Path) -> Path:
         """The path itself if every byte is right, the one before if that was asked for; else DamagedCheckpoint."""
-        problems = verify(path, rank=trainer.mesh.rank, num_ranks=trainer.mesh.world)
-        everyone: list[Any] = [None] * trainer.mesh.world
-        dist.all_gather_object(everyone, [(problem.file, problem.what) for problem in problems])
-        found = next((item for share in everyone for item in share), None)
-        if found is None:
+        problems = self._problems(trainer, path)
+        if not problems:
             return path
+        found = problems[0]
         before = self._on_main(trainer, lambda: _earlier(path))
         if self.settings.previous_on_damage and before is not None:
             if trainer.is_main:
@@ -141,10 +176,17 @@ class Checkpointing(Callback):
         )
         raise DamagedCheckpoint(path, found[0], found[1], advice)
 
-    def _note_load(self, result: "StepResult") -> None:
-        rows = {(record["layer"], record["kind"]): record["load"] for record in module_load(result.router_sums)}
+    def _problems(self, trainer: "Trainer", path: Path) -> list[tuple[str, str]]:
+        """(file, what is wrong) of a checkpoint, found by all ranks together, the same on all."""
+        problems = verify(path, rank=trainer.mesh.rank, num_ranks=trainer.mesh.world)
+        everyone: list[Any] = [None] * trainer.mesh.world
+        dist.all_gather_object(everyone, [(problem.file, problem.what) for problem in problems])
+        return [item for share in everyone for item in share]
+
+    def _note_load(self, step: int, sums: Packed) -> None:
+        rows = {(record["layer"], record["kind"]): record["load"] for record in module_load(sums)}
         self.modules = [
-            row.model_copy(update={"load": {"step": result.step, "share": rows[row.layer, row.kind][row.index]}})
+            row.model_copy(update={"load": {"step": step, "share": rows[row.layer, row.kind][row.index]}})
             for row in self.modules
         ]
 
@@ -198,7 +240,7 @@ def check_resumable(checkpoint: Checkpoint) -> None:
 
 
 def check_batches(state: dict[str, Any], config: RunConfig) -> None:
-    """Consumed samples count in global batches: going on with another size would skip or repeat data."""
+    """Steps and the place in the data count in global batches: another size would make another run of it."""
     for key in ("global_batch", "seq_len"):
         before, now = state["config"]["train"][key], getattr(config.train, key)
         if before != now:
@@ -215,6 +257,7 @@ def training_state(trainer: "Trainer") -> dict[str, Any]:
         "step": trainer.step,
         "consumed_samples": trainer.consumed,
         "consumed_tokens": trainer.tokens,
+        "guard": trainer.guard.state(),
         "optimizer_step": optimizer_step(trainer.engine),
         "scheduler": {"kind": "function of the step", "schedule": config.optim.schedule, "steps": config.train.steps},
         "random_state": {"kind": "derived from (seed, step, rank) at every step", "seed": config.run.seed},

@@ -23,21 +23,30 @@ class Evaluation(Callback):
         self.bytes_per_token = bytes_per_token
 
     def on_step_end(self, trainer: "Trainer", result: "StepResult") -> None:
+        if trainer.stopping:
+            return
         every = trainer.config.train.eval_every
         if (every and result.step % every == 0) or result.step == trainer.config.train.steps:
             evaluation = self.evaluate(trainer)
+            if evaluation is None:
+                return
             for callback in trainer.callbacks:
                 callback.on_evaluation(trainer, evaluation)
 
     @torch.no_grad()
-    def evaluate(self, trainer: "Trainer") -> dict[str, float]:
-        """`loss` in nats per token, `perplexity`, `bits_per_byte` (where the data's raw size is known), module load."""
+    def evaluate(self, trainer: "Trainer") -> dict[str, float] | None:
+        """`loss` in nats per token, `perplexity`, `bits_per_byte` (where the data's raw size is known), module load.
+
+        None where the ranks agreed to stop: each looks up before every batch.
+        """
         began = time.perf_counter()
         trainer.engine.eval()
         sums = torch.zeros(2, dtype=torch.float64)
         routers = None
         for batch_index in range(trainer.config.train.eval_batches):
             faults.reach("evaluation")
+            if trainer.agree_to_stop():
+                return None
             for batch in self.loader.step(batch_index * trainer.config.train.global_batch):
                 loss, packed = trainer.objective(*trainer.on_device(batch))
                 sums += torch.tensor([loss.item(), float((batch.label_BT != -100).sum())], dtype=torch.float64)

@@ -1,6 +1,7 @@
 """What a run leaves behind to look at: metrics.jsonl, TensorBoard, Weights & Biases. Rank 0 writes."""
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -31,7 +32,7 @@ class Metrics(Callback):
         dtype = next(trainer.model.parameters()).dtype
         self.peak = peak_flops(trainer.device, dtype) * trainer.mesh.world
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        forget_after(self.path, trainer.step)
+        forget_after(self.path, trainer.step, trainer.consumed)
         self.file = self.path.open("a", encoding="utf-8")
         if self.config.logging.tensorboard:
             self.sinks.append(TensorBoard(self.config.run.dir / "tensorboard", trainer.step))
@@ -62,6 +63,28 @@ class Metrics(Callback):
             record |= load_summary(records) | {"module_load": records}
         self._write(record, "train", result.step)
 
+    def on_skip(self, trainer: "Trainer", result: "StepResult") -> None:
+        # The batch took its time, and no token of it counts.
+        self.seconds_since += result.seconds
+        figures = {"skipped_loss": result.loss, "skipped_grad_norm": result.grad_norm}
+        self._event(trainer, "skip", reason=result.skipped, **figures)
+
+    def on_rollback(self, trainer: "Trainer", from_step: int, path: Path) -> None:
+        self.tokens_since, self.seconds_since = 0, 0.0
+        if self.file is not None:
+            self.file.close()
+            forget_after(self.path, trainer.step, trainer.consumed)
+            self.file = self.path.open("a", encoding="utf-8")
+        self._event(trainer, "rollback", from_step=from_step, checkpoint=path.name)
+
+    def _event(self, trainer: "Trainer", event: str, **facts: Any) -> None:
+        """A line of its own in metrics.jsonl: `event`, the step that the weights stand at, the place in the data."""
+        if self.file is None:
+            return
+        facts = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in facts.items()}
+        record = {"step": trainer.step, "event": event, "consumed_samples": trainer.consumed, **facts}
+        print(json.dumps(record), file=self.file, flush=True)
+
     def on_evaluation(self, trainer: "Trainer", evaluation: dict[str, float]) -> None:
         if self.file is not None:
             record = {"step": trainer.step, **{f"valid_{key}": value for key, value in evaluation.items()}}
@@ -80,8 +103,11 @@ class Metrics(Callback):
             sink.write({f"{kind}/{key.removeprefix('valid_')}": value for key, value in scalars.items()}, step)
 
 
-def forget_after(path: Path, step: int) -> None:
-    """Drop the lines of steps after `step`: a run that resumes there will write them again."""
+def forget_after(path: Path, step: int, consumed: int) -> None:
+    """Drop the lines of steps after `step`: a run that resumes there will write them again.
+
+    Events stay unless they are of data after `consumed` samples: the others do not happen again.
+    """
     if not path.exists():
         return
     kept = []
@@ -90,7 +116,8 @@ def forget_after(path: Path, step: int) -> None:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue  # the last line of a killed run may be torn
-        if record["step"] <= step:
+        known = record["consumed_samples"] <= consumed if "event" in record else record["step"] <= step
+        if known:
             kept.append(line + "\n")
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")

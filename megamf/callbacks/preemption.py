@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from megamf.callbacks.base import Callback
 
 if TYPE_CHECKING:
-    from megamf.trainer import StepResult, Trainer
+    from megamf.trainer import Trainer
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -25,9 +25,7 @@ class Preemption(Callback):
         for number in SIGNALS:
             self.before[number] = signal.signal(number, request)
 
-    def on_step_end(self, trainer: "Trainer", result: "StepResult") -> None:
-        self.stopped = result.stop_requested and trainer.step < trainer.config.train.steps
-
     def on_train_end(self, trainer: "Trainer") -> None:
+        self.stopped = trainer.stopping and trainer.step < trainer.config.train.steps
         for number, handler in self.before.items():
             signal.signal(number, handler)

@@ -1,6 +1,7 @@
 """What a person sees of a run: a progress bar with ETA on a terminal, plain lines in a log file."""
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -52,6 +53,22 @@ class ProgressDisplay(Callback):
                 f"step {result.step}/{trainer.config.train.steps} | {status} | lr {result.lr:.2e} | "
                 f"grad norm {result.grad_norm:.2f} | eta {duration(left)}"
             )
+
+    def on_skip(self, trainer: "Trainer", result: "StepResult") -> None:
+        if trainer.is_main:
+            self._say(f"step {trainer.step + 1} skipped, update not made | {result.skipped}")
+
+    def on_rollback(self, trainer: "Trainer", from_step: int, path: Path) -> None:
+        if not trainer.is_main:
+            return
+        self.began, self.first_step = time.monotonic(), trainer.step
+        if self.bar is not None:
+            self.bar.update(self.task, completed=trainer.step)
+        samples = trainer.config.train.global_batch
+        self._say(
+            f"rolled back from step {from_step} to {path}, and over the data up to sample {trainer.consumed} "
+            f"({trainer.consumed // samples - trainer.step} batches without an update so far)"
+        )
 
     def on_evaluation(self, trainer: "Trainer", evaluation: dict[str, float]) -> None:
         if trainer.is_main:

@@ -163,6 +163,37 @@ class Parallel(Section):
                 raise ValueError(f"model.{name}={getattr(model, name)} is not divisible by parallel.ep={self.ep}")
 
 
+class Guards(Section):
+    """Which updates are not made, decided by all ranks together before the optimizer is touched. A skipped batch is
+    used up: parameters, moments, step and learning rate stay as if it had not been read."""
+
+    skip_nonfinite: bool = Field(
+        True, description="skip where loss or gradient is not finite; false: the run ends there, with exit code 1"
+    )
+    spike_zscore: NonNegativeFloat = Field(
+        0.0,
+        description="skip where the loss is this many robust standard deviations, (loss - median) / (1.4826 MAD), "
+        "above the last spike_window losses; 0: never",
+    )
+    spike_window: int = Field(128, ge=3, description="losses that a spike is measured against; none before they are")
+    max_skips: NonNegativeInt = Field(
+        8,
+        description="more skipped batches than this among the last skip_window, and the run goes back to the newest "
+        "good checkpoint and jumps over the data read since",
+    )
+    skip_window: PositiveInt = Field(128, description="batches among which skipped ones are counted")
+    max_rollbacks: NonNegativeInt = Field(2, description="in the life of a run; then it ends with exit code 1")
+
+    @model_validator(mode="after")
+    def _reachable(self) -> "Guards":
+        if self.max_skips >= self.skip_window:
+            raise ValueError(
+                f"guards.max_skips={self.max_skips} is never exceeded within guards.skip_window={self.skip_window} "
+                "batches: make the window larger"
+            )
+        return self
+
+
 class Checkpoint(Section):
     """When checkpoints are written and which are kept."""
 
@@ -200,6 +231,7 @@ class RunConfig(Section):
     attention: Attention = Field(default_factory=Attention)
     norm: Norm = Field(default_factory=Norm)
     parallel: Parallel = Field(default_factory=Parallel)
+    guards: Guards = Field(default_factory=Guards)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     logging: Logging = Field(default_factory=Logging)
     deepspeed: str = "zero1"
