@@ -26,7 +26,7 @@ def check(config: RunConfig, num_ranks: int) -> None:
     """Everything about the configuration and this number of ranks that can be known before work starts."""
     try:
         config.parallel.check(num_ranks, config.model)
-        config.train.accumulation_steps(num_ranks)
+        config.accumulation_steps(num_ranks)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     deepspeed_config(config, num_ranks)
@@ -82,12 +82,15 @@ def check_backends(config: RunConfig, process: Process) -> None:
 
 def step_loader(blend, config: RunConfig, process: Process) -> StepLoader:
     """This rank's share of every global batch."""
+    context = config.parallel.context
     return StepLoader(
         blend,
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
-        rank=process.rank,
-        num_ranks=process.world,
+        rank=process.rank // context,
+        num_ranks=config.parallel.data_ranks(process.world),
         eod_id=document_end(config),
         document_mask=config.data.document_mask,
+        context_rank=process.rank % context,
+        context=context,
     )

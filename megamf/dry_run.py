@@ -23,7 +23,8 @@ def dry_run(config: RunConfig, num_ranks: int) -> int:
     stage = deepspeed_config(config, num_ranks)["zero_optimization"]["stage"]
     memory = rank_memory(config, num_ranks, ep=config.parallel.ep, zero_stage=stage)
 
-    table = Table(title=f"{num_ranks} ranks, ep {config.parallel.ep}, ZeRO {stage}", title_justify="left")
+    layout = f"ep {config.parallel.ep}, context {config.parallel.context}, ZeRO {stage}"
+    table = Table(title=f"{num_ranks} ranks, {layout}", title_justify="left")
     table.add_column("what")
     table.add_column("size", justify="right")
     table.add_row("parameters", f"{counts.total:,}")
@@ -31,7 +32,7 @@ def dry_run(config: RunConfig, num_ranks: int) -> int:
     table.add_row("training FLOPs per token", f"{train_flops_per_token(config.model, config.train.seq_len):.3g}")
     tokens = config.train.steps * config.train.global_batch * config.train.seq_len
     table.add_row("tokens in all", f"{tokens:,}")
-    table.add_row("accumulation steps", str(config.train.accumulation_steps(num_ranks)))
+    table.add_row("accumulation steps", str(config.accumulation_steps(num_ranks)))
     for name, size in (*asdict(memory).items(), ("memory in all", memory.total)):
         table.add_row(f"{name}, each rank (predicted)", f"{size / GIB:.2f} GiB")
     console.print(table)

@@ -26,6 +26,7 @@ from megamf.model.backends import Backends
 from megamf.model.losses import Packed, auxiliary_loss, routing_norm
 from megamf.model.objective import Objective
 from megamf.model.router import Router
+from megamf.parallel.context import make_context
 from megamf.parallel.dispatch import make_dispatcher
 from megamf.parallel.mesh import create_mesh
 from megamf.parallel.state import create_moments, torch_optimizer
@@ -58,15 +59,15 @@ class Trainer:
         self.config = config
         self.loader = loader
         self.callbacks = list(callbacks)
-        self.mesh = create_mesh(config.parallel.ep)
-        self.accumulation = config.train.accumulation_steps(self.mesh.world)
+        self.mesh = create_mesh(config.parallel.ep, config.parallel.context)
+        self.accumulation = config.accumulation_steps(self.mesh.world)
         self.step = 0
         self.consumed = 0  # the place in the data: samples read by all ranks, also those of batches that were skipped
         self.guard = UpdateGuard(config.guards)
         self.stop_requested = False
         self.stopping = False
 
-        model = ModuleFormer(config.model, make_dispatcher(self.mesh), Backends.of(config))
+        model = ModuleFormer(config.model, make_dispatcher(self.mesh), Backends.of(config), make_context(self.mesh))
         model.set_activation_checkpointing(config.train.activation_checkpointing)
         initialise(model, config.model, config.run.seed)
         self.engine = build_engine(Objective(model, config.train.loss_chunk), config, self.mesh)

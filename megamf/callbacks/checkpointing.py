@@ -266,6 +266,7 @@ def training_state(trainer: "Trainer") -> dict[str, Any]:
         "layout": {
             "world": trainer.mesh.world,
             "ep": trainer.mesh.ep,
+            "context": trainer.mesh.context,
             "zero_stage": trainer.engine.zero_optimization_stage(),
         },
     }

@@ -135,25 +135,30 @@ class Train(Section):
         return self
 
     def accumulation_steps(self, num_ranks: int) -> int:
-        """Micro batches each of `num_ranks` ranks runs per optimizer step."""
+        """Micro batches each of `num_ranks` data ranks runs per optimizer step; `RunConfig` has it for all ranks."""
         per_round = self.micro_batch * num_ranks
         if self.global_batch % per_round:
             raise ValueError(
                 f"train.global_batch={self.global_batch} is not divisible by train.micro_batch={self.micro_batch} "
-                f"x {num_ranks} ranks = {per_round}"
+                f"x {num_ranks} data-parallel ranks = {per_round}"
             )
         return self.global_batch // per_round
 
 
 class Parallel(Section):
-    """The layout. `ep` ranks share one copy of the experts; every rank is a data-parallel rank."""
+    """The layout. `ep` ranks share one copy of the experts; `context` ranks share every sequence.
+
+    The two are independent: every rank has tokens of its own and is an expert-parallel rank.
+    """
 
     ep: PositiveInt = 1
+    context: PositiveInt = Field(1, description="one sequence is split over this many consecutive ranks")
 
     def check(self, num_ranks: int, model: ModelConfig) -> None:
         """Raise ValueError unless `num_ranks` and the experts of `model` can be laid out with this `ep`."""
         if num_ranks % self.ep:
             raise ValueError(f"world size {num_ranks} is not divisible by parallel.ep={self.ep}")
+        self.data_ranks(num_ranks)
         if model.kind == "dense":
             if self.ep > 1:
                 raise ValueError(f"parallel.ep={self.ep} needs experts, but model.kind=dense has none")
@@ -161,6 +166,12 @@ class Parallel(Section):
         for name in ("n_att_experts", "n_mlp_experts"):
             if getattr(model, name) % self.ep:
                 raise ValueError(f"model.{name}={getattr(model, name)} is not divisible by parallel.ep={self.ep}")
+
+    def data_ranks(self, num_ranks: int) -> int:
+        """How many groups of ranks read sequences of their own; ValueError unless `context` divides `num_ranks`."""
+        if num_ranks % self.context:
+            raise ValueError(f"world size {num_ranks} is not divisible by parallel.context={self.context}")
+        return num_ranks // self.context
 
 
 class Guards(Section):
@@ -245,3 +256,20 @@ class RunConfig(Section):
                 f"= {span} is longer than train.steps={self.train.steps}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _sequence_splits(self) -> "RunConfig":
+        chunks = 2 * self.parallel.context
+        if self.parallel.context > 1 and self.train.seq_len % chunks:
+            raise ValueError(
+                f"train.seq_len={self.train.seq_len} is not divisible by 2 x parallel.context={self.parallel.context} "
+                f"= {chunks}: each rank takes two chunks of the sequence, an early and a late one"
+            )
+        return self
+
+    def accumulation_steps(self, num_ranks: int) -> int:
+        """Micro batches each of `num_ranks` ranks runs per optimizer step; ValueError where they do not come out even.
+
+        The ranks that share a sequence run the same micro batches, each its part of them.
+        """
+        return self.train.accumulation_steps(self.parallel.data_ranks(num_ranks))

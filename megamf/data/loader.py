@@ -17,6 +17,7 @@ from megamf.config.run import Source
 from megamf.data.blend import Blend, Documents
 from megamf.data.indexed import IndexedDataset, Metadata, part_path, read_metadata
 from megamf.data.tokenizer import load_tokenizer
+from megamf.data.zigzag import take_part
 from megamf.errors import UserError
 
 IGNORE = -100
@@ -27,7 +28,8 @@ VALID_SEED = 0  # evaluations of different runs see the same samples
 class MicroBatch:
     """`input_BT` and `label_BT` int64, label -100 is not counted in the loss.
 
-    `start_BT` int32: where in its row the document of each token begins; None when documents see each other.
+    `start_BT` int32: where in its sequence the document of each token begins; None when documents see each other.
+    Where a sequence is split over ranks, T counts this rank's tokens, and the starts remain positions in the whole.
     """
 
     input_BT: torch.Tensor
@@ -124,9 +126,10 @@ def valid_bytes_per_token(config: RunConfig) -> float | None:
 class StepLoader:
     """The micro batches of one rank, by consumed samples; the next step is read in the background meanwhile.
 
-    Of the global batch that starts at sample c, rank r of W takes the samples c + r*global_batch/W to
-    c + (r+1)*global_batch/W, so that the union over the ranks is the same for every W. Close it, or use it as a
-    context manager. Raises UserError when global_batch is not a multiple of micro_batch * num_ranks.
+    Of the global batch that starts at sample c, data rank r of W takes the samples c + r*global_batch/W to
+    c + (r+1)*global_batch/W, so that the union over the ranks is the same for every W. With `context` > 1 that many
+    ranks take the same samples, and of each sequence the part of `context_rank` (see `zigzag`). Close it, or use it as
+    a context manager. Raises UserError when global_batch is not a multiple of micro_batch * num_ranks.
     """
 
     def __init__(
@@ -138,21 +141,24 @@ class StepLoader:
         num_ranks: int,
         eod_id: int | None,
         document_mask: bool,
+        context_rank: int = 0,
+        context: int = 1,
     ) -> None:
         if global_batch % (micro_batch * num_ranks):
             raise UserError(
                 f"train.global_batch={global_batch} is not divisible by train.micro_batch={micro_batch} x {num_ranks} "
-                f"ranks = {micro_batch * num_ranks}"
+                f"data-parallel ranks = {micro_batch * num_ranks}"
             )
         if document_mask and eod_id is None:
             raise UserError("data.document_mask=true needs the token id that ends documents, not None")
-        assert 0 <= rank < num_ranks
+        assert 0 <= rank < num_ranks and 0 <= context_rank < context
         self._blend = blend
         self._global_batch = global_batch
         self._micro_batch = micro_batch
         self._first = rank * (global_batch // num_ranks)
         self._count = global_batch // num_ranks
         self._mask_eod = eod_id if document_mask else None
+        self._part = (context_rank, context)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="megamf-data")
         self._ahead: tuple[int, Future[list[MicroBatch]]] | None = None
 
@@ -179,7 +185,10 @@ class StepLoader:
     def _read(self, consumed: int) -> list[MicroBatch]:
         begin = consumed + self._first
         return [
-            micro_batch([self._blend.sample(i) for i in range(at, at + self._micro_batch)], self._mask_eod)
+            part_of(
+                micro_batch([self._blend.sample(i) for i in range(at, at + self._micro_batch)], self._mask_eod),
+                *self._part,
+            )
             for at in range(begin, begin + self._count, self._micro_batch)
         ]
 
@@ -199,6 +208,19 @@ def micro_batch(samples: list[np.ndarray], mask_eod: int | None) -> MicroBatch:
     starts[:, 1:] = np.where(ends[:, :-1], np.arange(1, inputs.shape[1], dtype=np.int32), 0)
     np.maximum.accumulate(starts, axis=1, out=starts)
     return MicroBatch(torch.from_numpy(inputs), torch.from_numpy(labels), torch.from_numpy(starts))
+
+
+def part_of(batch: MicroBatch, context_rank: int, context: int) -> MicroBatch:
+    """This rank's part of every sequence, for sequences that `context` ranks share.
+
+    Labels and document starts were found on whole sequences: the token behind a chunk is the label of its last one.
+    """
+    start_BT = batch.start_BT
+    return MicroBatch(
+        take_part(batch.input_BT, context_rank, context),
+        take_part(batch.label_BT, context_rank, context),
+        None if start_BT is None else take_part(start_BT, context_rank, context),
+    )
 
 
 def _split(dataset: IndexedDataset, valid_fraction: float) -> tuple[Documents, Documents]:

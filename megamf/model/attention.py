@@ -11,10 +11,10 @@ from torch import nn
 from megamf.config import ModelConfig
 from megamf.model.backends import AUTOMATIC, Backends
 from megamf.model.cache import LayerCache
+from megamf.model.context import WHOLE, Context
 from megamf.model.dispatch import Dispatcher
 from megamf.model.experts import RoutedExperts
 from megamf.model.router import RouterStats
-from megamf.ops.stickbreaking import stickbreaking_attention, stickbreaking_decode
 
 
 class ExpertAttention(nn.Module):
@@ -23,10 +23,13 @@ class ExpertAttention(nn.Module):
     K = V = x where `config.shares_kv` (all released models), else linear maps with bias.
     """
 
-    def __init__(self, config: ModelConfig, dispatcher: Dispatcher, backends: Backends = AUTOMATIC) -> None:
+    def __init__(
+        self, config: ModelConfig, dispatcher: Dispatcher, backends: Backends = AUTOMATIC, context: Context = WHOLE
+    ) -> None:
         super().__init__()
         self.num_heads = config.n_head
         self.backend = backends.attention
+        self.context = context
         self.q_proj = RoutedExperts(config, config.n_att_experts, config.k_att, config.att_hidden, dispatcher, backends)
         if config.shares_kv:
             self.k_proj = self.v_proj = None
@@ -47,6 +50,11 @@ class ExpertAttention(nn.Module):
         x_ND = x_BTD.flatten(0, 1)
         routing = experts.gate(x_ND)
         plan = experts.dispatcher.plan(routing.expert_NK, experts.num_experts)
+        k_BGSC, v_BGSC = self.keys_and_values(x_BTD)
+        if cache is not None:
+            k_BGSC, v_BGSC = cache.append(k_BGSC, v_BGSC)
+        # Keys of other ranks travel while the queries are made.
+        keys = self.context.share(k_BGSC, v_BGSC)
 
         fused = experts.fuses(x_ND, plan)
         if fused:
@@ -55,10 +63,7 @@ class ExpertAttention(nn.Module):
             q_RA = experts.experts(experts.dispatcher.dispatch(x_ND, plan), plan.count_L)
             q_NKA = experts.dispatcher.combine(q_RA, plan, None)
         q_BHTC = split_heads(q_NKA.view(B, T, -1), plan.top_k * self.num_heads)
-        k_BGSC, v_BGSC = self.keys_and_values(x_BTD)
-        if cache is not None:
-            k_BGSC, v_BGSC = cache.append(k_BGSC, v_BGSC)
-        o_BHTC = attend(q_BHTC, k_BGSC, v_BGSC, start_BT, key_mask_BS, self.backend)
+        o_BHTC = self.context.attend(q_BHTC, keys, start_BT, key_mask_BS, self.backend)
         o_NKA = o_BHTC.transpose(1, 2).reshape(B * T, plan.top_k, -1)
 
         if fused:
@@ -79,10 +84,11 @@ class ExpertAttention(nn.Module):
 class DenseAttention(nn.Module):
     """Multi-head stick-breaking attention with dense projections."""
 
-    def __init__(self, config: ModelConfig, backends: Backends = AUTOMATIC) -> None:
+    def __init__(self, config: ModelConfig, backends: Backends = AUTOMATIC, context: Context = WHOLE) -> None:
         super().__init__()
         self.num_heads = config.n_head
         self.backend = backends.attention
+        self.context = context
         self.q_proj = nn.Linear(config.n_embd, config.att_hidden, bias=False)
         self.k_proj = nn.Linear(config.n_embd, config.att_hidden)
         self.v_proj = nn.Linear(config.n_embd, config.att_hidden)
@@ -96,12 +102,13 @@ class DenseAttention(nn.Module):
         cache: LayerCache | None = None,
     ) -> tuple[torch.Tensor, None]:
         """x_BTD -> y_BTD; a dense layer has no router statistics."""
-        q_BHTC = split_heads(self.q_proj(x_BTD), self.num_heads)
         k_BHSC = split_heads(self.k_proj(x_BTD), self.num_heads)
         v_BHSC = split_heads(self.v_proj(x_BTD), self.num_heads)
         if cache is not None:
             k_BHSC, v_BHSC = cache.append(k_BHSC, v_BHSC)
-        o_BHTC = attend(q_BHTC, k_BHSC, v_BHSC, start_BT, key_mask_BS, self.backend)
+        keys = self.context.share(k_BHSC, v_BHSC)
+        q_BHTC = split_heads(self.q_proj(x_BTD), self.num_heads)
+        o_BHTC = self.context.attend(q_BHTC, keys, start_BT, key_mask_BS, self.backend)
         return self.o_proj(o_BHTC.transpose(1, 2).flatten(2)), None
 
 
@@ -109,21 +116,3 @@ def split_heads(x_BTA: torch.Tensor, num_heads: int) -> torch.Tensor:
     """x_BTA -> view [B, heads, T, A / heads]."""
     B, T, A = x_BTA.shape
     return x_BTA.view(B, T, num_heads, A // num_heads).transpose(1, 2)
-
-
-def attend(
-    q_BHTC: torch.Tensor,
-    k_BGSC: torch.Tensor,
-    v_BGSC: torch.Tensor,
-    start_BT: torch.Tensor | None,
-    key_mask_BS: torch.Tensor | None,
-    backend: str,
-) -> torch.Tensor:
-    """o_BHTC; one query without gradient takes the decoding kernel."""
-    if q_BHTC.shape[2] == 1 and not torch.is_grad_enabled():
-        start_B = None if start_BT is None else start_BT[:, 0]
-        o_BHC = stickbreaking_decode(
-            q_BHTC[:, :, 0], k_BGSC, v_BGSC, start_B=start_B, key_mask_BS=key_mask_BS, backend=backend
-        )
-        return o_BHC.unsqueeze(2)
-    return stickbreaking_attention(q_BHTC, k_BGSC, v_BGSC, start_BT=start_BT, key_mask_BS=key_mask_BS, backend=backend)

@@ -10,6 +10,7 @@ from megamf.config import ModelConfig
 from megamf.model.attention import DenseAttention, ExpertAttention
 from megamf.model.backends import AUTOMATIC, Backends
 from megamf.model.cache import LayerCache
+from megamf.model.context import WHOLE, Context
 from megamf.model.dispatch import Dispatcher
 from megamf.model.mlp import DenseMlp, ExpertMlp
 from megamf.model.router import RouterStats
@@ -18,11 +19,16 @@ from megamf.model.router import RouterStats
 class Block(nn.Module):
     """Attention and feed-forward with residuals, sparse or dense as `config.kind` says."""
 
-    def __init__(self, config: ModelConfig, dispatcher: Dispatcher, backends: Backends = AUTOMATIC) -> None:
+    def __init__(
+        self, config: ModelConfig, dispatcher: Dispatcher, backends: Backends = AUTOMATIC, context: Context = WHOLE
+    ) -> None:
         super().__init__()
         dense = config.kind == "dense"
         self.ln_1 = backends.layer_norm(config.n_embd, config.layer_norm_epsilon)
-        self.attn = DenseAttention(config, backends) if dense else ExpertAttention(config, dispatcher, backends)
+        if dense:
+            self.attn = DenseAttention(config, backends, context)
+        else:
+            self.attn = ExpertAttention(config, dispatcher, backends, context)
         self.ln_2 = backends.layer_norm(config.n_embd, config.layer_norm_epsilon)
         self.mlpf = DenseMlp(config) if dense else ExpertMlp(config, dispatcher, backends)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)

@@ -14,6 +14,7 @@ from megamf.config import ModelConfig
 from megamf.model.backends import AUTOMATIC, Backends
 from megamf.model.block import Block
 from megamf.model.cache import Cache
+from megamf.model.context import Context, LocalContext
 from megamf.model.dispatch import Dispatcher, LocalDispatcher
 from megamf.model.mlp import ExpertMlp
 from megamf.model.router import RouterStats
@@ -31,14 +32,18 @@ class Backbone(nn.Module):
     """Everything but the head: `wte`, `h`, `ln_f`. There is no positional encoding."""
 
     def __init__(
-        self, config: ModelConfig, dispatcher: Dispatcher | None = None, backends: Backends = AUTOMATIC
+        self,
+        config: ModelConfig,
+        dispatcher: Dispatcher | None = None,
+        backends: Backends = AUTOMATIC,
+        context: Context | None = None,
     ) -> None:
         super().__init__()
         self.config = config
-        dispatcher = dispatcher or LocalDispatcher()
+        dispatcher, self.context = dispatcher or LocalDispatcher(), context or LocalContext()
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.embedding_dropout = nn.Dropout(config.embd_pdrop)
-        self.h = nn.ModuleList(Block(config, dispatcher, backends) for _ in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config, dispatcher, backends, self.context) for _ in range(config.n_layer))
         self.ln_f = backends.layer_norm(config.n_embd, config.layer_norm_epsilon)
         self.recompute_blocks = False
 
@@ -55,7 +60,14 @@ class Backbone(nn.Module):
 
         start_BT and key_mask_BS as in `stickbreaking_attention`, over the keys of the cache and then of this call.
         With a cache, earlier positions are seen but carry no gradient (segment history).
+        Raises ValueError for a cache or a key mask where sequences are split over ranks.
         """
+        if self.context.num_ranks > 1 and not (cache is None and key_mask_BS is None):
+            given = "a key mask" if cache is None else "a cache (decoding, segment history)"
+            raise ValueError(
+                f"sequences are split over {self.context.num_ranks} ranks (parallel.context), and this forward pass "
+                f"was given {given}: use parallel.context=1 for it"
+            )
         h_BTD = self.embedding_dropout(self.wte(input_BT) if embedding_BTD is None else embedding_BTD)
         stats: list[RouterStats] = []
         recompute = self.recompute_blocks and self.training and torch.is_grad_enabled() and cache is None
@@ -72,16 +84,21 @@ class Backbone(nn.Module):
 class ModuleFormer(nn.Module):
     """Backbone `transformer` and language-model head `lm_head`.
 
-    With a distributed dispatcher the expert tensors hold the local experts only. Weights are uninitialised until
-    `megamf.model.init.initialise` or a checkpoint fills them.
+    With a distributed dispatcher the expert tensors hold the local experts only; with a distributed context every row
+    holds this rank's part of a sequence. Weights are uninitialised until `megamf.model.init.initialise` or a checkpoint
+    fills them.
     """
 
     def __init__(
-        self, config: ModelConfig, dispatcher: Dispatcher | None = None, backends: Backends = AUTOMATIC
+        self,
+        config: ModelConfig,
+        dispatcher: Dispatcher | None = None,
+        backends: Backends = AUTOMATIC,
+        context: Context | None = None,
     ) -> None:
         super().__init__()
         self.config = config
-        self.transformer = Backbone(config, dispatcher, backends)
+        self.transformer = Backbone(config, dispatcher, backends, context)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
     def forward(self, input_BT: torch.Tensor, **kwargs) -> Output:

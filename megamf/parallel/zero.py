@@ -35,7 +35,7 @@ def deepspeed_config(config: RunConfig, num_ranks: int) -> dict[str, Any]:
     tree = _read(config.deepspeed)
     ours = {
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
-        "gradient_accumulation_steps": config.train.accumulation_steps(num_ranks),
+        "gradient_accumulation_steps": config.accumulation_steps(num_ranks),
         "train_batch_size": config.train.global_batch,
         "gradient_clipping": config.optim.clip,
         "bf16": {"enabled": config.train.precision == "bf16"},
@@ -63,6 +63,8 @@ def deepspeed_config(config: RunConfig, num_ranks: int) -> dict[str, Any]:
         filled["gradient_clipping"] = 0.0
     if config.train.precision == "bf16":
         filled.setdefault("communication_data_type", "fp32")
+    # It counts a micro batch for every rank, also where several ranks share the same sequences.
+    filled["train_batch_size"] = config.train.global_batch * config.parallel.context
     filled["zero_allow_untested_optimizer"] = True
     filled["steps_per_print"] = 2**31 - 1
     return filled

@@ -10,7 +10,7 @@ from megamf.config.run import Parallel
 def test_accumulation_steps_share_the_global_batch():
     train = load_config(overrides=["train.global_batch=48", "train.micro_batch=4"]).train
     assert [train.accumulation_steps(ranks) for ranks in (1, 2, 4)] == [12, 6, 3]
-    with pytest.raises(ValueError, match=r"global_batch=48.*micro_batch=4.* 5 ranks = 20"):
+    with pytest.raises(ValueError, match=r"global_batch=48.*micro_batch=4.* 5 data-parallel ranks = 20"):
         train.accumulation_steps(5)
 
 

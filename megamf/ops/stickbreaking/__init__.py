@@ -24,7 +24,14 @@ HAS_TRITON = not backends.package_problem("triton")
 if HAS_TRITON:
     from megamf.ops.stickbreaking import triton
 
-__all__ = ["combine", "document_starts", "stickbreaking_attention", "stickbreaking_decode", "stickbreaking_scan"]
+__all__ = [
+    "DEFAULT_STOP",
+    "combine",
+    "document_starts",
+    "stickbreaking_attention",
+    "stickbreaking_decode",
+    "stickbreaking_scan",
+]
 
 # `csrc` and `cuda` are the same operations; torch chooses by the device of the tensors.
 SCAN = {"csrc": frozenset({"cpu"}), "cuda": frozenset({"cuda"}), "naive": frozenset[str]()}

@@ -25,7 +25,6 @@ def combine(
     shapes = [tuple(x.shape) for x in (o_new_BHTC, log_rem_new_BHT, o_old_BHTC, log_rem_old_BHT)]
     if o_new_BHTC.dim() < 1 or shapes[0] != shapes[2] or shapes[1] != shapes[0][:-1] or shapes[3] != shapes[1]:
         raise ValueError(f"combine got {shapes}, expected twice [B, H, T, C] and [B, H, T]")
-    wide = log_rem_new_BHT.dtype
-    left_BHT1 = log_rem_new_BHT.exp().unsqueeze(-1)
-    o_BHTC = o_new_BHTC.to(wide) + left_BHT1 * o_old_BHTC.to(wide)
+    # One operation promotes to the type of log_rem, and saves its arguments as they are for the backward pass.
+    o_BHTC = torch.addcmul(o_new_BHTC, log_rem_new_BHT.exp().unsqueeze(-1), o_old_BHTC)
     return o_BHTC.to(o_new_BHTC.dtype), log_rem_new_BHT + log_rem_old_BHT

@@ -1,0 +1,207 @@
+"""Attention over sequences that are split over ranks.
+
+Shapes: B batch, T a rank's tokens of a sequence, S = P*T tokens of the whole, U = T/2 tokens of a chunk, H query heads,
+G key/value heads, C head channels, P ranks, X = G*C channels of all keys of a token (twice that where K is not V).
+
+A rank holds the chunks `chunk_indices(rank, P)`. It attends to the keys of each chunk itself while those of the other
+ranks are on their way, then to all older keys of the sequence; `combine` makes the two into one, exactly. Every rank
+visits the same number of keys: U * U * (2*P - 1) older ones and two triangles of U.
+
+A layer moves, to and from each rank, (P-1)/P of B*S*X values forward in the type of the keys (again in the backward
+pass where activations are recomputed), and as many backward in float32 or better: there the ranks' gradients of a key
+are added up, in the same order in every run.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from megamf.data.zigzag import chunk_indices
+from megamf.model.context import WHOLE, Context
+from megamf.ops.stickbreaking import DEFAULT_STOP, combine, stickbreaking_attention
+from megamf.parallel.mesh import Mesh
+
+
+class Transfer:
+    """What one layer has under way between the ranks of `group`: keys in the forward, their gradients in the backward
+    pass."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.num_ranks = dist.get_world_size(group)
+        self.work: dist.Work | None = None
+        self.grad_TBX: torch.Tensor | None = None
+
+    def start_gather(self, own_TBX: torch.Tensor) -> torch.Tensor:
+        """The ranks' rows one rank after the other [P * T, B, X], to be read after `wait`."""
+        rows_SBX = own_TBX.new_empty(self.num_ranks * own_TBX.shape[0], *own_TBX.shape[1:])
+        self.work = dist.all_gather_into_tensor(rows_SBX, own_TBX.contiguous(), group=self.group, async_op=True)
+        return rows_SBX
+
+    def start_sum(self, grad_SBX: torch.Tensor) -> None:
+        """Begin to add up what the ranks have for each rank's rows."""
+        wide_SBX = grad_SBX.to(torch.promote_types(grad_SBX.dtype, torch.float32)).contiguous()
+        self.grad_TBX = wide_SBX.new_empty(len(wide_SBX) // self.num_ranks, *wide_SBX.shape[1:])
+        self.work = dist.reduce_scatter_tensor(self.grad_TBX, wide_SBX, group=self.group, async_op=True)
+
+    def wait(self) -> None:
+        """What was started is there."""
+        assert self.work is not None
+        self.work.wait()
+        self.work = None
+
+
+class Send(torch.autograd.Function):
+    """Starts to gather; in the backward pass, receives the sum of the gradients that `Receive` has sent.
+
+    Whatever autograd does between the two, in either direction, runs beside the transfer.
+    """
+
+    @staticmethod
+    def forward(ctx, own_TBX, transfer):
+        ctx.transfer, ctx.dtype = transfer, own_TBX.dtype
+        return transfer.start_gather(own_TBX)
+
+    @staticmethod
+    def backward(ctx, _):
+        ctx.transfer.wait()
+        grad_TBX, ctx.transfer.grad_TBX = ctx.transfer.grad_TBX, None
+        return grad_TBX.to(ctx.dtype), None
+
+
+class Receive(torch.autograd.Function):
+    """The gathered rows in the order of the sequence; in the backward pass, sends their gradients."""
+
+    @staticmethod
+    def forward(ctx, rows_SBX, transfer):
+        ctx.transfer = transfer
+        transfer.wait()
+        return in_sequence(rows_SBX, transfer.num_ranks)
+
+    @staticmethod
+    def backward(ctx, grad_SBX):
+        ctx.transfer.start_sum(by_rank(grad_SBX, ctx.transfer.num_ranks))
+        # `Send` takes its gradient from the transfer; between the two there is nothing to pass on.
+        return grad_SBX.new_zeros(()).expand(grad_SBX.shape), None
+
+
+def in_sequence(rows_SX: torch.Tensor, num_ranks: int) -> torch.Tensor:
+    """Rows held by rank after rank -> rows in the order of the sequence (any trailing axes)."""
+    chunks = rows_SX.unflatten(0, (num_ranks, 2, -1))
+    return torch.cat([chunks[:, 0], chunks[:, 1].flip(0)]).flatten(0, 1)
+
+
+def by_rank(rows_SX: torch.Tensor, num_ranks: int) -> torch.Tensor:
+    """The inverse of `in_sequence`."""
+    chunks = rows_SX.unflatten(0, (2, num_ranks, -1))
+    return torch.stack([chunks[0], chunks[1].flip(0)], dim=1).flatten(0, 2)
+
+
+class Keys(NamedTuple):
+    """A rank's own keys and values, and those of all ranks on their way."""
+
+    k_BGTC: torch.Tensor
+    v_BGTC: torch.Tensor
+    rows_SBX: torch.Tensor
+    transfer: Transfer
+
+    def all(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the whole sequence, k_BGSC and v_BGSC; waits for them."""
+        G, C = self.k_BGTC.shape[1], self.k_BGTC.shape[3]
+        rows_SBX = Receive.apply(self.rows_SBX, self.transfer)
+        views = [rows.unflatten(2, (G, C)).permute(1, 2, 0, 3) for rows in rows_SBX.split(G * C, dim=2)]
+        return views[0], views[-1]
+
+
+class SplitContext:
+    """Every sequence is split over the ranks of `group`; see the module."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.num_ranks = dist.get_world_size(group)
+        self.chunks = chunk_indices(dist.get_rank(group), self.num_ranks)
+
+    def share(self, k_BGTC: torch.Tensor, v_BGTC: torch.Tensor) -> Keys:
+        tensors = [k_BGTC] if k_BGTC is v_BGTC else [k_BGTC, v_BGTC]
+        own_TBX = torch.cat([x.permute(2, 0, 1, 3).flatten(2) for x in tensors], dim=2)
+        transfer = Transfer(self.group)
+        return Keys(k_BGTC, v_BGTC, Send.apply(own_TBX, transfer), transfer)
+
+    def attend(
+        self,
+        q_BHTC: torch.Tensor,
+        keys: Keys,
+        start_BT: torch.Tensor | None,
+        key_mask_BS: torch.Tensor | None,
+        backend: str,
+    ) -> torch.Tensor:
+        assert key_mask_BS is None, "the model refuses key masks on split sequences"
+        q, k, v = (x.chunk(2, dim=2) for x in (q_BHTC, keys.k_BGTC, keys.v_BGTC))
+        starts = (None, None) if start_BT is None else start_BT.chunk(2, dim=1)
+        firsts = [index * q[0].shape[2] for index in self.chunks]
+        # Where K = V, the two must be one object also in pieces.
+        v = k if keys.k_BGTC is keys.v_BGTC else v
+        own = [own_keys(q[i], k[i], v[i], starts[i], firsts[i], backend) for i in (0, 1)]
+        k_BGSC, v_BGSC = keys.all()
+        o = [
+            with_older(q[i], *own[i], k_BGSC[:, :, : firsts[i]], v_BGSC[:, :, : firsts[i]], starts[i], backend)
+            for i in (0, 1)
+        ]
+        return torch.cat([x_BHUC.transpose(1, 2) for x_BHUC in o], dim=1).transpose(1, 2)
+
+
+def own_keys(
+    q_BHUC: torch.Tensor,
+    k_BGUC: torch.Tensor,
+    v_BGUC: torch.Tensor,
+    start_BU: torch.Tensor | None,
+    first: int,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(o_BHUC, log_rem_BHU) of a chunk over its own keys, the first of which stands at `first`."""
+    U = q_BHUC.shape[2]
+    start_BU = None if start_BU is None else (start_BU - first).clamp(0, U)
+    stop = DEFAULT_STOP[q_BHUC.dtype]
+    return stickbreaking_attention(
+        q_BHUC, k_BGUC, v_BGUC, start_BT=start_BU, stop=stop, return_log_rem=True, backend=backend
+    )
+
+
+def with_older(
+    q_BHUC: torch.Tensor,
+    o_BHUC: torch.Tensor,
+    log_rem_BHU: torch.Tensor,
+    k_BGSC: torch.Tensor,
+    v_BGSC: torch.Tensor,
+    start_BU: torch.Tensor | None,
+    backend: str,
+) -> torch.Tensor:
+    """o_BHUC over a chunk's own keys, continued over the S older ones.
+
+    Queries whose stick the own keys have used up, by the threshold at which the kernels end their walk, see no older
+    keys: blocks of such queries cost nothing.
+    """
+    S = k_BGSC.shape[2]
+    if S == 0:
+        return o_BHUC
+    stop = DEFAULT_STOP[q_BHUC.dtype]
+    used_up_BU = log_rem_BHU.detach().amax(dim=1) <= math.log(stop)
+    given = torch.zeros_like(used_up_BU, dtype=torch.int32) if start_BU is None else start_BU.clamp(max=S)
+    older = stickbreaking_attention(
+        q_BHUC,
+        k_BGSC,
+        v_BGSC,
+        start_BT=given.masked_fill(used_up_BU, S),
+        causal=False,
+        stop=stop,
+        return_log_rem=True,
+        backend=backend,
+    )
+    return combine(o_BHUC, log_rem_BHU, *older)[0]
+
+
+def make_context(mesh: Mesh) -> Context:
+    """The context that this layout needs: no collective where no sequence is split."""
+    return WHOLE if mesh.context_group is None else SplitContext(mesh.context_group)
