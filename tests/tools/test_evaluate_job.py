@@ -64,6 +64,12 @@ def test_two_datasets(checkpoint, data, tmp_path, capsys):
         (["{ck}", "--data", "{one}", "--json", "{tmp}/no/folder.json"], "folder of"),
         (["{ck}", "--data", "{one}", "--device", "quantum"], "--device quantum"),
         (["{ck}", "--data", "{one}", "--tokenizer", "{tmp}/none.model"], "no tokenizer"),
+        (["{ck}"], "nothing to evaluate"),
+        (["{ck}", "--text", "{tmp}/a.txt"], "need --tokenizer"),
+        (["{ck}", "--data", "{one}", "--execute-generated-code"], "belong to --humaneval"),
+        (["{ck}", "--humaneval"], "only with --execute-generated-code"),
+        (["{ck}", "--humaneval", "--execute-generated-code", "--k", "10"], "--samples is 1"),
+        (["{ck}", "--tasks", "x", "--include-path", "{tmp}/none"], "is no folder"),
     ],
 )
 def test_mistakes(checkpoint, data, tmp_path, capsys, arguments, message):
@@ -94,3 +100,45 @@ def test_dtype(checkpoint, data, tmp_path):
         results.append(json.loads(out.read_text())["loss"])
     assert results[0] == pytest.approx(results[1], rel=1e-5) and results[0] != results[1]
     assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    """Letters and blanks as tokens: 64 ids."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    signs = ["<|endoftext|>", *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ():_,.=+", "Ġ", "Ċ", "?"]
+    made = Tokenizer(models.BPE({sign: i for i, sign in enumerate(dict.fromkeys(signs))}, [], unk_token="?"))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens(["<|endoftext|>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path / "tokenizer.json"
+
+
+def test_texts_and_code(checkpoint, tokenizer, tmp_path, capsys):
+    text, problems, out = tmp_path / "a.txt", tmp_path / "problems.jsonl", tmp_path / "result.json"
+    text.write_text("some words of text and more")
+    lines = [
+        {"task_id": f"T/{i}", "prompt": "def f(a):", "entry_point": "f", "test": "def check(f): assert f"}
+        for i in range(3)
+    ]
+    problems.write_text("\n".join(map(json.dumps, lines)))
+    arguments = [str(checkpoint), "--tokenizer", str(tokenizer), "--json", str(out), "--max-new-tokens", "4"]
+    written = tmp_path / "completions.jsonl"
+    code = ["--humaneval", str(problems), "--samples", "2", "--k", "1", "2", "--limit", "2"]
+    code += ["--completions", str(written)]
+    assert main([*arguments, "--text", str(text), *code]) == 0
+    assert "humaneval" not in json.loads(out.read_text())
+    items = [json.loads(line) for line in written.read_text().splitlines()]
+    assert [item["task_id"] for item in items] == ["T/0", "T/0", "T/1", "T/1"]
+    assert all(item["outcome"] is None for item in items)
+
+    assert run(main, [*arguments, "--text", str(text), *code, "--execute-generated-code"]) == 0
+    tree = json.loads(out.read_text())
+    assert tree["text"][0]["words"] == 6 and tree["text"][0]["word_perplexity"] > 1
+    assert tree["humaneval"]["problems"] == 2 and 0 <= tree["humaneval"]["pass@1"] <= tree["humaneval"]["pass@2"] <= 1
+    outcomes = [json.loads(line)["outcome"] for line in written.read_text().splitlines()]
+    assert tree["humaneval"]["pass@1"] == sum(outcome["passed"] for outcome in outcomes) / 4
+    shown = capsys.readouterr().out
+    assert "bits" in shown and "pass@2" in shown
