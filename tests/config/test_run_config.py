@@ -26,6 +26,17 @@ def test_layouts_are_checked_against_ranks_and_experts(ep, ranks, message):
         Parallel(ep=ep).check(ranks, ModelConfig())
 
 
+def test_context_divides_ranks_sequences_and_batches():
+    with pytest.raises(ValueError, match=r"world size 6 .*context=4"):
+        Parallel(context=4).check(6, ModelConfig())
+    with pytest.raises(ConfigError, match=r"seq_len=36 .*2 x parallel\.context=4 = 8"):
+        load_config(overrides=["parallel.context=4", "train.seq_len=36"])
+    config = load_config(overrides=["parallel.context=2", "train.global_batch=48", "train.micro_batch=4"])
+    assert [config.accumulation_steps(ranks) for ranks in (2, 4, 8)] == [12, 6, 3]
+    with pytest.raises(ValueError, match="5 data-parallel ranks = 20"):
+        config.accumulation_steps(10)
+
+
 def test_a_dense_model_has_nothing_to_share():
     with pytest.raises(ValueError, match=r"ep=2 .*dense"):
         Parallel(ep=2).check(2, ModelConfig(kind="dense"))

@@ -10,6 +10,7 @@ from megamf.config import validate
 from megamf.data.indexed import IndexedDataset, IndexedWriter, Metadata
 from megamf.data.loader import StepLoader, document_end, micro_batch, open_train, open_valid, valid_bytes_per_token
 from megamf.data.tokenizer import train_sentencepiece
+from megamf.data.zigzag import join_parts
 from megamf.errors import UserError
 
 EOD, VOCAB = 2, 5000
@@ -63,6 +64,23 @@ def test_union_over_ranks_is_the_same(folder, num_ranks, size):
             assert [batch.input_BT.shape for batch in batches] == [(size, 16)] * (8 // num_ranks // size)
             union += rows(batches)
         assert union == [blend.sample(i)[:-1].tolist() for i in range(consumed, consumed + 8)]
+
+
+@pytest.mark.parametrize("context", [2, 4])
+def test_ranks_that_share_sequences_hold_their_parts(folder, context):
+    """Labels and document starts are those of the whole sequence, which the parts join to."""
+    blend = open_train(configuration(folder))
+    with StepLoader(blend, 8, 2, 1, 2, EOD, True) as loader:
+        whole = loader.step(8)
+    parts = []
+    for context_rank in range(context):
+        with StepLoader(blend, 8, 2, 1, 2, EOD, True, context_rank, context) as loader:
+            parts.append(loader.step(8))
+    for n, batch in enumerate(whole):
+        for name in ("input_BT", "label_BT", "start_BT"):
+            assert torch.equal(join_parts([getattr(part[n], name) for part in parts]), getattr(batch, name)), name
+    with StepLoader(blend, 8, 2, 0, 1, EOD, False, 1, context) as loader:
+        assert loader.step(0)[0].start_BT is None
 
 
 def test_resume_equals_continuing(folder):

@@ -49,6 +49,19 @@ def test_contradictions_are_refused(tmp_path, tree, overrides, message):
         deepspeed_config(config, 4)
 
 
+def test_shared_sequences_count_once_in_the_json_and_for_every_rank_in_the_engine(tmp_path):
+    """4 ranks, 2 to a sequence: two data ranks run 4 micro batches of 2 each, and DeepSpeed sees four ranks do so."""
+    tree = {"train_batch_size": 16, "gradient_accumulation_steps": "auto"}
+    config = load_config(overrides=[*SMALL, "parallel.context=2", f"deepspeed={written(tmp_path, tree)}"])
+    filled = deepspeed_config(config, 4)
+    assert filled["gradient_accumulation_steps"] == 4
+    assert filled["train_batch_size"] == 2 * 4 * 4
+    tree["train_batch_size"] = 32
+    config = load_config(overrides=[*SMALL, "parallel.context=2", f"deepspeed={written(tmp_path, tree)}"])
+    with pytest.raises(ConfigError, match=r"train_batch_size=32.*says 16"):
+        deepspeed_config(config, 4)
+
+
 def test_missing_file_lists_the_packaged_ones():
     with pytest.raises(ConfigError, match="zero0, zero1, zero2"):
         deepspeed_config(load_config(overrides=[*SMALL, "deepspeed=zero9"]), 4)
