@@ -27,9 +27,10 @@ from megamf.model.losses import Packed, auxiliary_loss, routing_norm
 from megamf.model.objective import Objective
 from megamf.model.router import Router
 from megamf.parallel.context import make_context
-from megamf.parallel.dispatch import make_dispatcher
+from megamf.parallel.dispatch import make_dispatchers
 from megamf.parallel.mesh import create_mesh
 from megamf.parallel.state import create_moments, torch_optimizer
+from megamf.parallel.traffic import attention_strategy
 from megamf.parallel.update import gradient_square, skip_update
 from megamf.parallel.zero import build_engine, clip_gradients
 from megamf.schedule import learning_rate
@@ -67,7 +68,18 @@ class Trainer:
         self.stop_requested = False
         self.stopping = False
 
-        model = ModuleFormer(config.model, make_dispatcher(self.mesh), Backends.of(config), make_context(self.mesh))
+        self.dispatchers = make_dispatchers(
+            self.mesh,
+            attention_strategy(config, self.mesh.world),
+            recomputed=config.train.activation_checkpointing == "full",
+        )
+        model = ModuleFormer(
+            config.model,
+            self.dispatchers.mlp,
+            Backends.of(config),
+            make_context(self.mesh),
+            attention_dispatcher=self.dispatchers.attention,
+        )
         model.set_activation_checkpointing(config.train.activation_checkpointing)
         initialise(model, config.model, config.run.seed)
         self.engine = build_engine(Objective(model, config.train.loss_chunk), config, self.mesh)

@@ -153,6 +153,20 @@ class Parallel(Section):
 
     ep: PositiveInt = 1
     context: PositiveInt = Field(1, description="one sequence is split over this many consecutive ranks")
+    attention_experts: Literal["auto", "move_tokens", "gather_weights"] = Field(
+        "auto",
+        description="with ep > 1, what travels for attention experts: the tokens, the experts' weights, or whichever "
+        "is fewer bytes a step; MLP experts always have the tokens moved",
+    )
+
+    @model_validator(mode="after")
+    def _something_travels(self) -> "Parallel":
+        if self.ep == 1 and self.attention_experts != "auto":
+            raise ValueError(
+                f"parallel.attention_experts={self.attention_experts} needs parallel.ep above 1: with parallel.ep=1 "
+                "every rank has all experts and nothing travels; leave it at auto"
+            )
+        return self
 
     def check(self, num_ranks: int, model: ModelConfig) -> None:
         """Raise ValueError unless `num_ranks` and the experts of `model` can be laid out with this `ep`."""

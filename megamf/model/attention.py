@@ -50,17 +50,18 @@ class ExpertAttention(nn.Module):
         x_ND = x_BTD.flatten(0, 1)
         routing = experts.gate(x_ND)
         plan = experts.dispatcher.plan(routing.expert_NK, experts.num_experts)
+        fused = experts.fuses(x_ND, plan)
+        # Tokens travel while keys and values are made, keys of other ranks while the queries are made.
+        sent = None if fused else experts.dispatcher.send(x_ND, plan)
         k_BGSC, v_BGSC = self.keys_and_values(x_BTD)
         if cache is not None:
             k_BGSC, v_BGSC = cache.append(k_BGSC, v_BGSC)
-        # Keys of other ranks travel while the queries are made.
         keys = self.context.share(k_BGSC, v_BGSC)
 
-        fused = experts.fuses(x_ND, plan)
         if fused:
             q_NKA = experts.project_in(x_ND, plan, 1)
         else:
-            q_RA = experts.experts(experts.dispatcher.dispatch(x_ND, plan), plan.count_L)
+            q_RA = experts.experts(experts.dispatcher.receive(sent, plan), plan)
             q_NKA = experts.dispatcher.combine(q_RA, plan, None)
         q_BHTC = split_heads(q_NKA.view(B, T, -1), plan.top_k * self.num_heads)
         o_BHTC = self.context.attend(q_BHTC, keys, start_BT, key_mask_BS, self.backend)
@@ -69,7 +70,7 @@ class ExpertAttention(nn.Module):
         if fused:
             y_ND = experts.project_out(o_NKA.flatten(0, 1), plan, routing.gate_NK, 1)
         else:
-            y_RD = experts.output_experts(experts.dispatcher.dispatch(o_NKA, plan), plan.count_L)
+            y_RD = experts.output_experts(experts.dispatcher.dispatch(o_NKA, plan), plan)
             y_ND = experts.dispatcher.combine(y_RD, plan, routing.gate_NK)
         return y_ND.view_as(x_BTD), routing.stats
 

@@ -20,7 +20,13 @@ class Block(nn.Module):
     """Attention and feed-forward with residuals, sparse or dense as `config.kind` says."""
 
     def __init__(
-        self, config: ModelConfig, dispatcher: Dispatcher, backends: Backends = AUTOMATIC, context: Context = WHOLE
+        self,
+        config: ModelConfig,
+        dispatcher: Dispatcher,
+        backends: Backends = AUTOMATIC,
+        context: Context = WHOLE,
+        *,
+        attention_dispatcher: Dispatcher | None = None,
     ) -> None:
         super().__init__()
         dense = config.kind == "dense"
@@ -28,7 +34,7 @@ class Block(nn.Module):
         if dense:
             self.attn = DenseAttention(config, backends, context)
         else:
-            self.attn = ExpertAttention(config, dispatcher, backends, context)
+            self.attn = ExpertAttention(config, attention_dispatcher or dispatcher, backends, context)
         self.ln_2 = backends.layer_norm(config.n_embd, config.layer_norm_epsilon)
         self.mlpf = DenseMlp(config) if dense else ExpertMlp(config, dispatcher, backends)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)

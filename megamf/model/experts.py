@@ -14,7 +14,7 @@ from megamf.config import ModelConfig
 from megamf.model.backends import AUTOMATIC, Backends
 from megamf.model.dispatch import Dispatcher, Plan
 from megamf.model.router import Router
-from megamf.ops.grouped_linear import grouped_linear, implementation, routed_linear
+from megamf.ops.grouped_linear import implementation, routed_linear
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
@@ -27,14 +27,17 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 class ExpertLinear(nn.Module):
     """One bias-free linear map for each local expert: weight_LDF."""
 
-    def __init__(self, num_local: int, in_features: int, out_features: int, backend: str = "auto") -> None:
+    def __init__(
+        self, num_local: int, in_features: int, out_features: int, dispatcher: Dispatcher, backend: str = "auto"
+    ) -> None:
         super().__init__()
+        self.dispatcher = dispatcher
         self.backend = backend
         self.weight = nn.Parameter(torch.empty(num_local, in_features, out_features))
 
-    def forward(self, x_RD: torch.Tensor, count_L: torch.Tensor) -> torch.Tensor:
-        """Rows grouped by expert x_RD, count_L int64 -> y_RF."""
-        return grouped_linear(x_RD, self.weight, count_L, backend=self.backend)
+    def forward(self, x_RD: torch.Tensor, plan: Plan) -> torch.Tensor:
+        """x_RD, rows as the dispatcher grouped them by `plan` -> y_RF."""
+        return self.dispatcher.linear(x_RD, self.weight, plan, self.backend)
 
 
 class RoutedExperts(nn.Module):
@@ -55,12 +58,14 @@ class RoutedExperts(nn.Module):
         self.dispatcher = dispatcher
         self.local_experts = dispatcher.expert_range(num_experts)
         self.gate = Router(config, num_experts, top_k)
-        self.experts = ExpertLinear(len(self.local_experts), config.n_embd, hidden, backends.experts)
-        self.output_experts = ExpertLinear(len(self.local_experts), hidden, config.n_embd, backends.experts)
+        num_local = len(self.local_experts)
+        self.experts = ExpertLinear(num_local, config.n_embd, hidden, dispatcher, backends.experts)
+        self.output_experts = ExpertLinear(num_local, hidden, config.n_embd, dispatcher, backends.experts)
 
     def fuses(self, x: torch.Tensor, plan: Plan) -> bool:
-        """Whether rows are gathered and scattered inside the products: all of them are here, and Triton multiplies."""
-        return plan.transport is None and implementation(x, self.experts.weight, self.backend) == "triton"
+        """Whether products gather and scatter rows themselves: rows and experts are all here, and Triton multiplies."""
+        all_here = plan.transport is None and len(self.local_experts) == self.num_experts
+        return all_here and implementation(x, self.experts.weight, self.backend) == "triton"
 
     def project_in(self, x_ND: torch.Tensor, plan: Plan, out_fan: int) -> torch.Tensor:
         """Only where `fuses`. x_ND -> h_RF in expert order (out_fan 0) or by copy (1), through `experts`."""

@@ -34,7 +34,7 @@ class ExpertMlp(RoutedExperts):
             y_ND = self._run(self._fused, x_ND, plan, routing.gate_NK)
         else:
             x_RD = self.dispatcher.dispatch(x_ND, plan)
-            y_RD = self._run(self._compute, x_RD, plan.count_L)
+            y_RD = self._run(self._compute, x_RD, plan)
             y_ND = self.dispatcher.combine(y_RD, plan, routing.gate_NK)
         return y_ND.view_as(x_BTD), routing.stats
 
@@ -47,8 +47,8 @@ class ExpertMlp(RoutedExperts):
     def _fused(self, x_ND: torch.Tensor, plan: Plan, gate_NK: torch.Tensor) -> torch.Tensor:
         return self.project_out(self.activation(self.project_in(x_ND, plan, 0)), plan, gate_NK, 0)
 
-    def _compute(self, x_RD: torch.Tensor, count_L: torch.Tensor) -> torch.Tensor:
-        return self.output_experts(self.activation(self.experts(x_RD, count_L)), count_L)
+    def _compute(self, x_RD: torch.Tensor, plan: Plan) -> torch.Tensor:
+        return self.output_experts(self.activation(self.experts(x_RD, plan)), plan)
 
 
 class DenseMlp(nn.Module):

@@ -37,13 +37,18 @@ class Backbone(nn.Module):
         dispatcher: Dispatcher | None = None,
         backends: Backends = AUTOMATIC,
         context: Context | None = None,
+        *,
+        attention_dispatcher: Dispatcher | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         dispatcher, self.context = dispatcher or LocalDispatcher(), context or LocalContext()
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.embedding_dropout = nn.Dropout(config.embd_pdrop)
-        self.h = nn.ModuleList(Block(config, dispatcher, backends, self.context) for _ in range(config.n_layer))
+        self.h = nn.ModuleList(
+            Block(config, dispatcher, backends, self.context, attention_dispatcher=attention_dispatcher)
+            for _ in range(config.n_layer)
+        )
         self.ln_f = backends.layer_norm(config.n_embd, config.layer_norm_epsilon)
         self.recompute_blocks = False
 
@@ -84,9 +89,9 @@ class Backbone(nn.Module):
 class ModuleFormer(nn.Module):
     """Backbone `transformer` and language-model head `lm_head`.
 
-    With a distributed dispatcher the expert tensors hold the local experts only; with a distributed context every row
-    holds this rank's part of a sequence. Weights are uninitialised until `megamf.model.init.initialise` or a checkpoint
-    fills them.
+    With a distributed dispatcher (attention experts may have one of their own) the expert tensors hold the local
+    experts only; with a distributed context every row holds this rank's part of a sequence. Weights are uninitialised
+    until `megamf.model.init.initialise` or a checkpoint fills them.
     """
 
     def __init__(
@@ -95,10 +100,12 @@ class ModuleFormer(nn.Module):
         dispatcher: Dispatcher | None = None,
         backends: Backends = AUTOMATIC,
         context: Context | None = None,
+        *,
+        attention_dispatcher: Dispatcher | None = None,
     ) -> None:
         super().__init__()
         self.config = config
-        self.transformer = Backbone(config, dispatcher, backends, context)
+        self.transformer = Backbone(config, dispatcher, backends, context, attention_dispatcher=attention_dispatcher)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
     def forward(self, input_BT: torch.Tensor, **kwargs) -> Output:

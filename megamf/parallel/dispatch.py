@@ -1,24 +1,27 @@
-"""Tokens to the ranks of their experts, and back: one all-to-all each way.
+"""Tokens to the ranks of their experts, and back, by one all-to-all each way; or the experts' weights to the tokens.
 
 Shapes: N tokens, D width, K experts a token, E experts, L local experts, P expert-parallel ranks, R rows computed here.
 
 Every rank calls every collective in the same order, also with zero tokens. Split sizes are exchanged once per routing
-decision; an attention layer's query and output projections share them.
+decision, from the moment it is known; an attention layer's query and output projections share them.
 """
 
-from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from megamf import faults
 from megamf.model.dispatch import Dispatcher, LocalDispatcher, Plan, sort_copies, unsort_copies
+from megamf.ops.grouped_linear import grouped_linear
 from megamf.ops.permutation import permute, sort_by_expert
+from megamf.parallel.exchange import CountExchange, Transfer, begin, finish
+from megamf.parallel.gather import with_all_experts
 from megamf.parallel.mesh import Mesh
+from megamf.parallel.traffic import Strategy
 
 
-@dataclass
-class Transport:
+class Transport(NamedTuple):
     """Rows for and from each of the P ranks, and the order that groups received rows by local expert."""
 
     send_P: list[int]
@@ -27,67 +30,116 @@ class Transport:
     inverse_R: torch.Tensor
 
 
+class Sent(NamedTuple):
+    """Rows on their way."""
+
+    buffer: torch.Tensor
+    transfer: Transfer
+
+
 class AllToAllDispatcher:
-    """Experts are split over the P ranks of `group` in contiguous blocks of E/P."""
+    """Experts are split over the P ranks of `group` in contiguous blocks of E/P; rows travel."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.rank = dist.get_rank(group)
         self.num_ranks = dist.get_world_size(group)
+        self.peak_rows = 0
+        self.stream: Any = None
 
     def expert_range(self, num_experts: int) -> range:
-        if num_experts % self.num_ranks:
-            raise ValueError(f"{num_experts} experts are not divisible by {self.num_ranks} expert-parallel ranks")
-        local = num_experts // self.num_ranks
-        return range(self.rank * local, (self.rank + 1) * local)
+        return share_of_experts(num_experts, self.rank, self.num_ranks)
 
     def plan(self, expert_NK: torch.Tensor, num_experts: int) -> Plan:
         order_R, inverse_R, count_E = sort_by_expert(expert_NK, num_experts)
-        send_PL = count_E.view(self.num_ranks, -1).contiguous()
-        receive_PL = torch.empty_like(send_PL)
-        dist.all_to_all_single(receive_PL, send_PL, group=self.group)
+        if self.stream is None and count_E.is_cuda:
+            self.stream = torch.cuda.Stream(count_E.device)
+        counts = CountExchange(count_E.view(self.num_ranks, -1).contiguous(), self.group, self.stream)
+        return Plan(order_R, inverse_R, None, expert_NK.shape[1], counts)
 
+    def send(self, x: torch.Tensor, plan: Plan) -> Sent:
+        rows = sort_copies(x, plan)
+        counts = plan.transport
+        if not isinstance(counts, CountExchange):
+            return self._begin(rows, counts.send_P, counts.receive_P)
+        send_P, receive_P = counts.splits()
+        sent = self._begin(rows, send_P, receive_P)
+        self.peak_rows = max(self.peak_rows, sum(receive_P))
         # Rows arrive rank by rank, each rank's sorted by expert; a second sort groups them by expert alone.
-        local = torch.arange(send_PL.shape[1], device=send_PL.device).repeat(self.num_ranks)
-        expert_R1 = torch.repeat_interleave(local, receive_PL.flatten()).unsqueeze(1)
-        regrouped = sort_by_expert(expert_R1, send_PL.shape[1])
-        splits = torch.stack([send_PL.sum(1), receive_PL.sum(1)]).tolist()
-        transport = Transport(splits[0], splits[1], regrouped.order_R, regrouped.inverse_R)
-        return Plan(order_R, inverse_R, regrouped.count_E, expert_NK.shape[1], transport)
+        receive_PL = counts.receive_PL
+        local = torch.arange(receive_PL.shape[1], device=receive_PL.device).repeat(self.num_ranks)
+        expert_R = torch.repeat_interleave(local, receive_PL.flatten(), output_size=sum(receive_P))
+        regrouped = sort_by_expert(expert_R.unsqueeze(1), receive_PL.shape[1])
+        plan.count_L = regrouped.count_E
+        plan.transport = Transport(send_P, receive_P, regrouped.order_R, regrouped.inverse_R)
+        return sent
+
+    def receive(self, sent: Sent, plan: Plan) -> torch.Tensor:
+        way = plan.transport
+        return permute(finish(sent.buffer, sent.transfer), way.order_R, way.inverse_R, 1)
 
     def dispatch(self, x: torch.Tensor, plan: Plan) -> torch.Tensor:
-        way = plan.transport
-        received = AllToAll.apply(sort_copies(x, plan), way.send_P, way.receive_P, self.group)
-        return permute(received, way.order_R, way.inverse_R, 1)
+        return self.receive(self.send(x, plan), plan)
+
+    def linear(self, x_RD: torch.Tensor, weight_LDF: torch.Tensor, plan: Plan, backend: str) -> torch.Tensor:
+        return grouped_linear(x_RD, weight_LDF, plan.count_L, backend=backend)
 
     def combine(self, y_RD: torch.Tensor, plan: Plan, gate_NK: torch.Tensor | None) -> torch.Tensor:
         way = plan.transport
-        by_rank = permute(y_RD, way.inverse_R, way.order_R, 1)
-        returned = AllToAll.apply(by_rank, way.receive_P, way.send_P, self.group)
-        return unsort_copies(returned, plan, gate_NK)
+        sent = self._begin(permute(y_RD, way.inverse_R, way.order_R, 1), way.receive_P, way.send_P)
+        return unsort_copies(finish(sent.buffer, sent.transfer), plan, gate_NK)
+
+    def _begin(self, rows: torch.Tensor, send_P: list[int], receive_P: list[int]) -> Sent:
+        transfer = Transfer(send_P, receive_P, self.group)
+        return Sent(begin(rows, transfer), transfer)
 
 
-class AllToAll(torch.autograd.Function):
-    """Row blocks of x to the ranks; the gradient travels the same way back."""
+class GatheringDispatcher(LocalDispatcher):
+    """Experts are split as above, but rows stay: a product gathers the weights of all experts.
 
-    @staticmethod
-    def forward(ctx, x_RD, send_P, receive_P, group):
-        ctx.way = (receive_P, send_P, group)
-        return exchange(x_RD, send_P, receive_P, group)
+    recomputed: every forward pass with a gradient is repeated right before its backward pass.
+    """
 
-    @staticmethod
-    def backward(ctx, grad_RD):
-        return exchange(grad_RD, *ctx.way), None, None, None
+    def __init__(self, group: dist.ProcessGroup, *, recomputed: bool) -> None:
+        super().__init__()
+        self.group = group
+        self.recomputed = recomputed
 
+    def expert_range(self, num_experts: int) -> range:
+        return share_of_experts(num_experts, dist.get_rank(self.group), dist.get_world_size(self.group))
 
-def exchange(x_RD: torch.Tensor, send_P: list[int], receive_P: list[int], group: dist.ProcessGroup) -> torch.Tensor:
-    """x_RD, rows in rank order -> the rows that the ranks sent here, in rank order."""
-    faults.reach("dispatch")
-    received = x_RD.new_empty(sum(receive_P), *x_RD.shape[1:])
-    dist.all_to_all_single(received, x_RD.contiguous(), receive_P, send_P, group=group)
-    return received
+    def linear(self, x_RD: torch.Tensor, weight_LDF: torch.Tensor, plan: Plan, backend: str) -> torch.Tensor:
+        product = partial(_product, x_RD, plan.count_L, backend)
+        return with_all_experts(product, weight_LDF, self.group, keep=self.recomputed)
 
 
-def make_dispatcher(mesh: Mesh) -> Dispatcher:
-    """The dispatcher that this layout needs: no collective where every rank holds all experts."""
-    return LocalDispatcher() if mesh.ep == 1 else AllToAllDispatcher(mesh.ep_group)
+def _product(x_RD: torch.Tensor, count_E: torch.Tensor, backend: str, weight_EDF: torch.Tensor) -> torch.Tensor:
+    return grouped_linear(x_RD, weight_EDF, count_E, backend=backend)
+
+
+def share_of_experts(num_experts: int, rank: int, num_ranks: int) -> range:
+    """The contiguous block of experts that lives on `rank`; ValueError where they cannot be shared out evenly."""
+    if num_experts % num_ranks:
+        raise ValueError(f"{num_experts} experts are not divisible by {num_ranks} expert-parallel ranks")
+    local = num_experts // num_ranks
+    return range(rank * local, (rank + 1) * local)
+
+
+class Dispatchers(NamedTuple):
+    """One for each kind of expert."""
+
+    attention: Dispatcher
+    mlp: Dispatcher
+
+
+def make_dispatchers(mesh: Mesh, strategy: Strategy, *, recomputed: bool) -> Dispatchers:
+    """The dispatchers that this layout needs: no collective where every rank holds all experts.
+
+    strategy: for attention experts. recomputed: blocks are computed again in the backward pass.
+    """
+    if mesh.ep == 1:
+        return Dispatchers(LocalDispatcher(), LocalDispatcher())
+    mlp = AllToAllDispatcher(mesh.ep_group)
+    if strategy == "gather_weights":
+        return Dispatchers(GatheringDispatcher(mesh.ep_group, recomputed=recomputed), mlp)
+    return Dispatchers(mlp, mlp)

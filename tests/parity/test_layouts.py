@@ -15,11 +15,23 @@ from megamf.data.loader import StepLoader, open_train
 from megamf.model import ModuleFormer, initialise
 
 STEPS = 20
+STRATEGIES = {"tokens": "move_tokens", "weights": "gather_weights"}
 LAYOUTS = [(ep, stage) for ep in (1, 2, 4) for stage in (0, 1, 2)]
 
 
-def case(prefix: Path, *, ep: int, stage: int, micro_batch: int, steps: int = STEPS, **losses) -> dict:
+def case(
+    prefix: Path,
+    *,
+    ep: int,
+    stage: int,
+    micro_batch: int,
+    steps: int = STEPS,
+    travels: str = "tokens",
+    recompute: str = "none",
+    **losses,
+) -> dict:
     """A tiny model with uneven documents, clipping that bites, and every loss turned on."""
+    parallel = {"ep": ep} | ({"attention_experts": STRATEGIES[travels]} if ep > 1 else {})
     return {
         "steps": steps,
         "config": {
@@ -32,8 +44,9 @@ def case(prefix: Path, *, ep: int, stage: int, micro_batch: int, steps: int = ST
             "data": {"train": [{"path": str(prefix)}]},
             "losses": {"balance": "mi", "balance_weight": 0.05, "z_weight": 0.01, **losses},
             "optim": {"lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 3, "clip": 0.5},
-            "train": {"steps": STEPS, "seq_len": 24, "micro_batch": micro_batch, "global_batch": 8},
-            "parallel": {"ep": ep},
+            "train": {"steps": STEPS, "seq_len": 24, "micro_batch": micro_batch, "global_batch": 8,
+                "activation_checkpointing": recompute},
+            "parallel": parallel,
             "deepspeed": f"zero{stage}",
         },
     }  # fmt: skip
@@ -46,6 +59,12 @@ def results(corpus, launch, tmp_path_factory) -> Path:
     cases = {f"ep{ep}-zero{stage}": case(corpus, ep=ep, stage=stage, micro_batch=2) for ep, stage in LAYOUTS}
     for ep, stage in ((1, 1), (4, 0), (2, 2)):
         cases[f"accumulated-ep{ep}-zero{stage}"] = case(corpus, ep=ep, stage=stage, micro_batch=1)
+    for ep, stage, recompute in ((2, 1, "none"), (4, 2, "none"), (2, 0, "full")):
+        micro_batch = 1 if recompute == "full" else 2
+        cases[f"weights-ep{ep}-zero{stage}"] = case(
+            corpus, ep=ep, stage=stage, micro_batch=micro_batch, travels="weights", recompute=recompute
+        )
+    cases["recomputed-ep4-zero1"] = case(corpus, ep=4, stage=1, micro_batch=2, recompute="full")
     cases["switch"] = case(corpus, ep=2, stage=1, micro_batch=1, steps=2, balance="switch")
     for scope in ("micro_batch", "rank"):
         cases[f"scope-{scope}"] = case(corpus, ep=4, stage=1, micro_batch=2, steps=2, scope=scope)
@@ -109,9 +128,10 @@ def test_one_process_matches_float64_oracle(results, corpus, kind):
 
 NAMES = [f"ep{ep}-zero{stage}" for ep, stage in LAYOUTS]
 ACCUMULATED = [f"accumulated-{name}" for name in ("ep1-zero1", "ep4-zero0", "ep2-zero2")]
+TRAVELS = ["weights-ep2-zero1", "weights-ep4-zero2", "weights-ep2-zero0", "recomputed-ep4-zero1"]
 
 
-@pytest.mark.parametrize("name", [*NAMES, *ACCUMULATED])
+@pytest.mark.parametrize("name", [*NAMES, *ACCUMULATED, *TRAVELS])
 def test_layout_matches_one_process(results, name):
     wanted = json.loads((results / "one" / "alone.json").read_text())
     found = json.loads((results / "four" / f"{name}.json").read_text())
