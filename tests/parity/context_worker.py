@@ -17,13 +17,20 @@ from safetensors.torch import save_file
 from megamf.build import build_trainer, step_loader
 from megamf.config import RunConfig, validate
 from megamf.data.loader import open_train
+from megamf.parallel.context import Transfer
 from megamf.parallel.launch import Process, identify, process_group
 from megamf.parallel.state import full_gradients, owned_state
 from megamf.trainer import Trainer
 
+START_GATHER, START_SUM = Transfer.start_gather, Transfer.start_sum
+
 
 def run_case(config: RunConfig, steps: int, process: Process) -> tuple[dict[str, torch.Tensor], dict[str, list[float]]]:
-    """Gradients of the first step, the whole state after it, and losses and gradient norms of all steps."""
+    """Gradients of the first step, the whole state after it, and losses and gradient norms of all steps.
+
+    `context_bytes` is what this rank handed to the collectives of its context group, in all steps together.
+    """
+    sent = count_bytes()
     with step_loader(open_train(config), config, process) as loader:
         trainer = Trainer(config, loader)
         tensors: dict[str, torch.Tensor] = {}
@@ -47,7 +54,24 @@ def run_case(config: RunConfig, steps: int, process: Process) -> tuple[dict[str,
                 shares: list = [None] * process.world
                 dist.all_gather_object(shares, owned)
                 tensors.update({name: value for share in shares for name, value in share.items()})
+    seen["context_bytes"] = [sent["keys"], sent["gradients"]]
     return tensors, seen
+
+
+def count_bytes() -> dict[str, int]:
+    """From here on, bytes of the keys and of their gradients that a rank sends to each other one of its group."""
+    sent = {"keys": 0, "gradients": 0}
+
+    def start_gather(self: Transfer, own_TBX: torch.Tensor) -> torch.Tensor:
+        sent["keys"] += own_TBX.nbytes * (self.num_ranks - 1)
+        return START_GATHER(self, own_TBX)
+
+    def start_sum(self: Transfer, grad_SBX: torch.Tensor) -> None:
+        START_SUM(self, grad_SBX)
+        sent["gradients"] += self.grad_TBX.nbytes * (self.num_ranks - 1)
+
+    Transfer.start_gather, Transfer.start_sum = start_gather, start_sum
+    return sent
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ def config(
     micro_batch: int,
     train: dict | None = None,
     directory: Path | None = None,
+    mask: bool = True,
 ) -> dict:
     context, ep, stage = layout
     tree = {
@@ -36,7 +37,7 @@ def config(
             "vocab_size": 61, "n_layer": 2, "n_embd": 16, "ffd_hidden": 20, "bos_token_id": None, "eos_token_id": 0,
             **MODELS[model],
         },
-        "data": {"train": [{"path": str(corpus)}], "valid_fraction": 0.1},
+        "data": {"train": [{"path": str(corpus)}], "valid_fraction": 0.1, "document_mask": mask},
         "losses": {"balance": "none"},
         # The first update is the sign of the gradient but for eps: 1e-8 would make rounding errors of tiny ones large.
         "optim": {"lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 3, "clip": 0.5, "eps": 1e-5},
@@ -79,7 +80,7 @@ def results(corpus, launch, tmp_path_factory) -> Path:
         "shared": case("shared", (4, 2, 1), 8),
         "accumulated": case("shared", (2, 2, 2), 1),
         "recomputed": case("shared", (2, 4, 1), 4, train={"activation_checkpointing": "full"}),
-        "dense": case("dense", (4, 1, 1), 8, steps=2),
+        "dense": case("dense", (4, 1, 1), 8, steps=2, mask=False),
         "bf16": case("shared", (4, 2, 2), 8, train={"precision": "bf16"}),
         "bf16-again": case("shared", (4, 2, 2), 8, train={"precision": "bf16"}),
     }
@@ -88,7 +89,7 @@ def results(corpus, launch, tmp_path_factory) -> Path:
     one = {
         "projected": case("projected", whole, 8),
         "shared": case("shared", whole, 8),
-        "dense": case("dense", whole, 8, steps=2),
+        "dense": case("dense", whole, 8, steps=2, mask=False),
         "bf16": case("shared", whole, 8, train={"precision": "bf16"}),
     }
     split_runs = [job("split", (2, 2, 1), 2), job("split-again", (2, 2, 1), 2, "split")]
@@ -131,6 +132,27 @@ def test_split_sequences_train_as_whole_ones(results, group, name, whole):
         np.testing.assert_allclose(found[key], wanted[key], atol=1e-4, rtol=0, err_msg=key)
     if whole != "dense":
         assert len(found["loss"]) == STEPS and wanted["loss"][-1] < wanted["loss"][0] - 0.2, "nothing was learnt"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "context", "passes", "width"),
+    [
+        ("context4-ep2-zero1", 4, 1, 24),
+        ("shared", 4, 1, 16),
+        ("recomputed", 2, 2, 16),
+        ("accumulated", 2, 2, 16),
+        ("bf16", 4, 1, 8),
+    ],
+)
+def test_bytes_on_the_way(results, name, context, passes, width):
+    """(P-1)/P of B*S*X values a layer: keys in every forward pass (the pass ahead of accumulation and recomputation
+    too), gradients once, of four bytes. `width` is X, 2 * 12 where K is not V, in units of four bytes."""
+    keys, gradients = json.loads((results / "four" / f"{name}.json").read_text())["context_bytes"]
+    tokens = 8 * 32 // (4 // context)
+    values = STEPS * 2 * tokens * (context - 1) // context
+    assert keys == values * 4 * width * passes
+    assert gradients == values * 4 * (16 if name == "bf16" else width)
 
 
 @pytest.mark.slow
