@@ -39,9 +39,12 @@ def check(config: RunConfig, num_ranks: int) -> None:
 
 
 @contextmanager
-def build_trainer(config: RunConfig, process: Process) -> Iterator[tuple[Trainer, Preemption]]:
+def build_trainer(
+    config: RunConfig, process: Process, preemption: Preemption | None = None
+) -> Iterator[tuple[Trainer, Preemption]]:
     """Data, process group, model, engine and callbacks; closes what it opened when the block ends. Collective.
 
+    Without `preemption`, which has noted signals for some time, one that notes them from here on is made.
     Whatever can be wrong with the input is found, on every rank alike, before the ranks meet.
     """
     faults.reach("start", step=0)
@@ -54,8 +57,9 @@ def build_trainer(config: RunConfig, process: Process) -> Iterator[tuple[Trainer
     check_writable(config.run.dir)
     claim(config, write=process.rank == 0)
     with ExitStack() as stack:
+        preemption = preemption or stack.enter_context(Preemption())
         loader = stack.enter_context(step_loader(train, config, process))
-        checkpointing, preemption = Checkpointing(config), Preemption()
+        checkpointing = Checkpointing(config)
         # The guards come last: what made them go back is recorded before.
         callbacks = [
             checkpointing,

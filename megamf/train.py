@@ -7,10 +7,14 @@ import argparse
 import logging
 import os
 import sys
+from typing import TYPE_CHECKING
 
+from megamf.callbacks.preemption import Preemption
 from megamf.config import RunConfig, load_config
-from megamf.errors import UserError
-from megamf.parallel.launch import Process, identify
+from megamf.errors import TrainingFailed, UserError
+
+if TYPE_CHECKING:
+    from megamf.parallel.launch import Process
 
 STOPPED_EARLY = 75
 
@@ -31,18 +35,30 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def train(config: RunConfig, process: Process) -> int:
+def train(config: RunConfig, process: "Process", preemption: Preemption) -> int:
     """Build everything, train, close. Returns the exit code."""
     from megamf.build import build_trainer
 
-    with build_trainer(config, process) as (trainer, preemption):
+    with build_trainer(config, process, preemption) as (trainer, _):
         trainer.fit()
     return STOPPED_EARLY if preemption.stopped else 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the job; 0 done, 2 for the user's mistakes (told by rank 0), 75 stopped early with a checkpoint."""
+    """Run the job; 0 done, 1 training cannot go on, 2 for the user's mistakes, 75 stopped early with a checkpoint.
+
+    Rank 0 tells what went wrong in full, the others in a line.
+    """
     arguments = parse(argv)
+    # Before torch is imported, which takes longest of all that comes before the data.
+    with Preemption() as preemption:
+        return job(arguments, preemption)
+
+
+def job(arguments: argparse.Namespace, preemption: Preemption) -> int:
+    """`main`, its signals being noted."""
+    from megamf.parallel.launch import identify
+
     process = identify(os.environ)
     if process.rank == 0:
         logging.basicConfig(format="%(name)s: %(message)s", level=logging.WARNING)
@@ -54,12 +70,12 @@ def main(argv: list[str] | None = None) -> int:
             from megamf.dry_run import dry_run
 
             return dry_run(config, process.world)
-        return train(config, process)
-    except UserError as error:
+        return train(config, process, preemption)
+    except (UserError, TrainingFailed) as error:
         if process.rank == 0:
             raise
         print(f"megamf: rank {process.rank}: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UserError) else 1
 
 
 if __name__ == "__main__":

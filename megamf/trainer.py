@@ -131,8 +131,13 @@ class Trainer:
         """
         began = time.perf_counter()
         labels = sum(int((batch.label_BT != -100).sum()) for batch in batches)
-        agreed = self.total(torch.tensor([labels, float(self.stop_requested)], dtype=torch.float64)).tolist()
-        num_labels, self.stopping = agreed[0], agreed[1] > 0
+        failing = any(callback.failing for callback in self.callbacks)
+        facts = torch.tensor([labels, self.stop_requested, failing], dtype=torch.float64)
+        num_labels, asked, failing = self.total(facts).tolist()
+        self.stopping = asked > 0
+        if failing:
+            for callback in self.callbacks:
+                callback.on_failure(self)
         if self.stopping:
             return None
         self.engine.train()
@@ -164,9 +169,9 @@ class Trainer:
             if not last:
                 self.engine.step()
 
-        local = [cross_entropy, auxiliary, gradient_square(self.engine, self.mesh)]
         asked = torch.full_like(cross_entropy, float(self.stop_requested))
-        loss, aux_loss, square, asked = self.total(torch.stack([*local, asked])).tolist()
+        figures = [cross_entropy, auxiliary, gradient_square(self.engine, self.mesh), asked]
+        loss, aux_loss, square, asked = self.total(torch.stack(figures)).tolist()
         norm = math.sqrt(square) if square >= 0 else math.nan
         self.stopping = asked > 0
         self.consumed += self.config.train.global_batch

@@ -9,7 +9,14 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Every hook runs on every rank, in the order of the list; collectives inside a hook are therefore allowed."""
+    """Every hook runs on every rank, in the order of the list; collectives inside a hook are therefore allowed.
+
+    `pending`: a stop left something of the last step undone, so that the run is to be started again for it.
+    `failing`: something beside the loop went wrong on this rank; all ranks meet in `on_failure` with the next step.
+    """
+
+    pending = False
+    failing = False
 
     def on_train_start(self, trainer: "Trainer") -> None:
         """Before the first step of this process."""
@@ -25,6 +32,9 @@ class Callback:
 
     def on_evaluation(self, trainer: "Trainer", evaluation: dict[str, float]) -> None:
         """After every evaluation."""
+
+    def on_failure(self, trainer: "Trainer") -> None:
+        """Before a step, where `failing` was seen on any rank: the callbacks concerned raise, on every rank."""
 
     def on_train_end(self, trainer: "Trainer") -> None:
         """After the last update of this process, also when it stops early."""

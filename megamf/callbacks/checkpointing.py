@@ -75,15 +75,22 @@ class Checkpointing(Callback):
     def on_train_end(self, trainer: "Trainer") -> None:
         if trainer.stopping:
             self.save(trainer)
-        self.writer.close()
-        dist.barrier()
+        self._together(self.writer.close)
+
+    @property
+    def failing(self) -> bool:
+        """Whether a background save has failed on this rank, and nobody has been told."""
+        return self.writer.failed
+
+    def on_failure(self, trainer: "Trainer") -> None:
+        self._together(self.writer.wait)
 
     def save(self, trainer: "Trainer") -> None:
         """Write a checkpoint of this step, if it is not written. Collective; every rank raises if one rank fails."""
         if self.saved == (trainer.step, trainer.consumed):
             return
         step = trainer.step
-        self.writer.wait()
+        self._together(self.writer.wait)
         if self.router_sums is not None:
             self._note_load(step, self.router_sums)
         nonce = broadcast(uuid.uuid4().hex)

@@ -1,7 +1,9 @@
 """Evaluation inside the loop: loss on fixed validation samples, the same for every layout."""
 
+import json
 import math
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,13 +25,24 @@ class Evaluation(Callback):
         self.bytes_per_token = bytes_per_token
 
     def on_step_end(self, trainer: "Trainer", result: "StepResult") -> None:
-        if trainer.stopping:
-            return
+        if self._due(trainer):
+            self._evaluate_and_tell(trainer)
+
+    def on_train_start(self, trainer: "Trainer") -> None:
+        # A run that was stopped between a checkpoint and the end of the evaluation after it has that left to do.
+        if trainer.step and self._due(trainer):
+            known = trainer.is_main and evaluated(trainer.config.run.dir / "metrics.jsonl", trainer.step)
+            if not trainer.total(torch.tensor(float(known))).item():
+                self._evaluate_and_tell(trainer)
+
+    def _due(self, trainer: "Trainer") -> bool:
         every = trainer.config.train.eval_every
-        if (every and result.step % every == 0) or result.step == trainer.config.train.steps:
-            evaluation = self.evaluate(trainer)
-            if evaluation is None:
-                return
+        return bool(every and trainer.step % every == 0) or trainer.step == trainer.config.train.steps
+
+    def _evaluate_and_tell(self, trainer: "Trainer") -> None:
+        evaluation = None if trainer.stopping else self.evaluate(trainer)
+        self.pending = evaluation is None
+        if evaluation is not None:
             for callback in trainer.callbacks:
                 callback.on_evaluation(trainer, evaluation)
 
@@ -60,3 +73,9 @@ class Evaluation(Callback):
         if routers is not None:
             evaluation |= load_summary(module_load(routers.with_flat(trainer.total(routers.flat()))))
         return evaluation
+
+
+def evaluated(path: Path, step: int) -> bool:
+    """Whether metrics.jsonl holds an evaluation of `step`."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return any("valid_loss" in record and record["step"] == step for record in map(json.loads, lines))

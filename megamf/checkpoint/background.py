@@ -28,6 +28,11 @@ class BackgroundWriter:
         """Whether a save is in flight."""
         return self._thread is not None and self._thread.is_alive()
 
+    @property
+    def failed(self) -> bool:
+        """Whether a save has ended with an error that nobody has been told."""
+        return self._error is not None
+
     def submit(self, fn: Callable[[], object]) -> None:
         """Start `fn` in the background, after waiting for the save before it. Raises that save's error instead."""
         self.wait()
