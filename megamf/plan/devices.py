@@ -53,7 +53,7 @@ def measure_peak(
     torch.mm(a_NN, b_NN, out=out_NN)
     best, end = float("inf"), time.perf_counter() + seconds
     # At least once, also on a machine that was held up until the end.
-    while best == float("inf") or time.perf_counter() < end:
+    while time.perf_counter() < end or best == float("inf"):
         _wait(place)
         start = time.perf_counter()
         torch.mm(a_NN, b_NN, out=out_NN)

@@ -14,3 +14,9 @@ def test_the_rate_is_that_of_the_fastest_product(monkeypatch):
 
 def test_a_cpu_is_measured():
     assert peak_flops(torch.device("cpu"), torch.float32) > 1e8
+
+
+def test_a_machine_that_was_held_up_is_measured_once(monkeypatch):
+    readings = iter([0.0, 9.0, 9.0, 9.5, 9.5])
+    monkeypatch.setattr(devices.time, "perf_counter", lambda: next(readings))
+    assert measure_peak(torch.float32, size=8, seconds=5.0) == 2 * 8**3 / 0.5
