@@ -74,7 +74,15 @@ def save_model():
             tensors |= {f"weights/{key}{suffix}": part for suffix, part in parts.items()}
         config = model.config
         dense = config.kind == "dense"
-        modules = [] if dense else module_table(config.n_layer, config.n_att_experts, config.n_mlp_experts)
+        modules = (
+            []
+            if dense
+            else module_table(
+                config.n_layer,
+                config.n_att_experts_per_layer or config.n_att_experts,
+                config.n_mlp_experts_per_layer or config.n_mlp_experts,
+            )
+        )
         tree = {"kind": config.kind} | config.model_dump(mode="json", exclude_unset=dense)
         return save(root, step, tensors, state or {}, modules, tree, run_id="r")
 

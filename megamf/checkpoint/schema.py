@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, TypeAdapter, model_validator
@@ -143,13 +143,17 @@ def check_modules(modules: Iterable[Module]) -> None:
             )
 
 
-def module_table(num_layers: int, num_attention: int, num_mlp: int) -> list[Module]:
-    """The table of a freshly trained model: every layer has the same numbers of modules, all `trained`."""
+def module_table(num_layers: int, num_attention: int | Sequence[int], num_mlp: int | Sequence[int]) -> list[Module]:
+    """The table of a freshly trained model, all modules `trained`. Numbers of modules: of every layer, or a list."""
+
+    def of(count: int | Sequence[int], layer: int) -> int:
+        return count if isinstance(count, int) else count[layer]
+
     return [
         Module(layer=layer, kind=kind, index=index, id=layout.module_id(layer, kind, index))
         for layer in range(num_layers)
         for kind, count in (("attention", num_attention), ("mlp", num_mlp))
-        for index in range(count)
+        for index in range(of(count, layer))
     ]
 
 

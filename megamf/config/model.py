@@ -26,6 +26,10 @@ class ModelConfig(Section):
     ffd_hidden: PositiveInt = Field(2048, description="hidden width of one MLP expert")
     n_att_experts: PositiveInt = 16
     n_mlp_experts: PositiveInt = 32
+    n_att_experts_per_layer: list[PositiveInt] | None = Field(
+        None, description="where layers differ (pruned models): each layer's number; n_att_experts is the largest"
+    )
+    n_mlp_experts_per_layer: list[PositiveInt] | None = Field(None, description="likewise for MLP experts")
     k_att: PositiveInt = 2
     k_mlp: PositiveInt = 2
     gate_type: GateType = "mlp"
@@ -56,6 +60,26 @@ class ModelConfig(Section):
         """True where K = V = the normalised input (identity projections), as in all released models."""
         return self.kind == "moduleformer" and self.att_hidden == self.n_embd and self.n_head == 1
 
+    def num_experts(self, layer: int, kind: str) -> int:
+        """Experts of one layer; kind: `attention` or `mlp`. Raises ValueError for another kind."""
+        if kind not in ("attention", "mlp"):
+            raise ValueError(f"kind={kind!r} is neither attention nor mlp")
+        name = "n_att_experts" if kind == "attention" else "n_mlp_experts"
+        per_layer = getattr(self, f"{name}_per_layer")
+        return getattr(self, name) if per_layer is None else per_layer[layer]
+
+    def of_layer(self, layer: int) -> "ModelConfig":
+        """The configuration that one layer is built from: its own numbers of experts, no lists."""
+        if self.n_att_experts_per_layer is None and self.n_mlp_experts_per_layer is None:
+            return self
+        own = {
+            "n_att_experts": self.num_experts(layer, "attention"),
+            "n_mlp_experts": self.num_experts(layer, "mlp"),
+            "n_att_experts_per_layer": None,
+            "n_mlp_experts_per_layer": None,
+        }
+        return self.model_copy(update=own)
+
     @model_validator(mode="after")
     def _consistent(self) -> "ModelConfig":
         if self.att_hidden % self.n_head:
@@ -63,6 +87,7 @@ class ModelConfig(Section):
         if self.kind == "dense":
             expert_fields = {
                 "n_att_experts", "n_mlp_experts", "k_att", "k_mlp",
+                "n_att_experts_per_layer", "n_mlp_experts_per_layer",
                 "gate_type", "gating_size", "sample_topk", "moe_pdrop",
             }  # fmt: skip
             given = sorted(expert_fields & self.model_fields_set)
@@ -77,4 +102,18 @@ class ModelConfig(Section):
                 raise ValueError(f"k_{kind}={k} is larger than n_{kind}_experts={num_experts}")
             if self.sample_topk > k:
                 raise ValueError(f"sample_topk={self.sample_topk} is larger than k_{kind}={k}")
+            self._check_layers(kind, k, num_experts)
         return self
+
+    def _check_layers(self, kind: str, k: int, largest: int) -> None:
+        name = f"n_{kind}_experts"
+        per_layer = getattr(self, f"{name}_per_layer")
+        if per_layer is None:
+            return
+        if len(per_layer) != self.n_layer:
+            raise ValueError(f"{name}_per_layer has {len(per_layer)} entries, n_layer is {self.n_layer}")
+        if max(per_layer) != largest:
+            raise ValueError(f"{name}={largest}, but the largest of {name}_per_layer is {max(per_layer)}")
+        if min(per_layer) < k:
+            layer = per_layer.index(min(per_layer))
+            raise ValueError(f"k_{kind}={k} is larger than the {min(per_layer)} experts of layer {layer}")

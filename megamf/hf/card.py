@@ -15,8 +15,11 @@ def model_card(
     rows = [
         ("parameters", f"{total:,} ({active:,} used by a token)"),
         ("layers, width", f"{model.n_layer}, {model.n_embd}"),
-        ("attention experts", f"{model.n_att_experts}, {model.k_att} a token, {model.n_head} x {model.head_dim} each"),
-        ("MLP experts", f"{model.n_mlp_experts}, {model.k_mlp} a token, hidden width {model.ffd_hidden}"),
+        (
+            "attention experts",
+            f"{_numbers(model, 'attention')}, {model.k_att} a token, {model.n_head} x {model.head_dim} each",
+        ),
+        ("MLP experts", f"{_numbers(model, 'mlp')}, {model.k_mlp} a token, hidden width {model.ffd_hidden}"),
         ("router", f"{model.gate_type}, width {model.gating_size}" if model.gate_type != "linear" else "linear"),
         ("vocabulary", f"{model.vocab_size:,}"),
         ("weights", dtype),
@@ -79,3 +82,9 @@ def _training(state: dict[str, Any]) -> list[tuple[str, str]]:
     if origin := state.get("origin"):
         rows.append(("origin", f"{origin['name']} ({origin['format']})"))
     return rows
+
+
+def _numbers(model: ModelConfig, kind: str) -> str:
+    """`16`, or `9 to 16` where layers differ."""
+    numbers = [model.num_experts(layer, kind) for layer in range(model.n_layer)]
+    return str(numbers[0]) if min(numbers) == max(numbers) else f"{min(numbers)} to {max(numbers)}"

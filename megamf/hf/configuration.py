@@ -9,6 +9,8 @@ from megamf.errors import UserError
 from megamf.hf.portable.configuration_moduleformer import ModuleFormerConfig
 
 SHARED_FIELDS = tuple(name for name in ModelConfig.model_fields if name != "kind")
+# Only in models whose layers differ.
+PER_LAYER = ("n_att_experts_per_layer", "n_mlp_experts_per_layer")
 
 # Fields of released configurations that the released code does not read, with the values it works by.
 UNREAD_FIELDS: dict[str, Any] = {
@@ -33,6 +35,7 @@ def to_public(model: ModelConfig, *, aux_loss_type: str = "mi", aux_loss_weight:
     if model.kind != "moduleformer":
         raise UserError(f"a model of kind={model.kind} has no public layout; only kind=moduleformer can be exported")
     fields = {name: getattr(model, name) for name in SHARED_FIELDS}
+    fields = {name: value for name, value in fields.items() if not (name in PER_LAYER and value is None)}
     fields |= UNREAD_FIELDS
     fields |= {
         "attn_pdrop": 0.0,
@@ -51,7 +54,8 @@ def to_model_config(config: ModuleFormerConfig) -> ModelConfig:
     for name, expected in FIXED_FIELDS.items():
         if (given := getattr(config, name, expected)) != expected:
             raise UserError(f"config.json: {name}={given!r} is not supported, only {expected!r}")
-    fields = {name: getattr(config, name) for name in SHARED_FIELDS}
+    fields = {name: getattr(config, name) for name in SHARED_FIELDS if name not in PER_LAYER}
+    fields |= {name: getattr(config, name) for name in PER_LAYER if hasattr(config, name)}
     try:
         return ModelConfig.model_validate(fields)
     except ValidationError as error:

@@ -164,7 +164,11 @@ def import_hf(folder: Path | str, out: Path | str, *, on_tensor: Callable[[int, 
             "origin": {"format": "public ModuleFormer layout", "name": folder.resolve().name},
             "losses": {"balance": weights.config.aux_loss_type, "balance_weight": weights.config.aux_loss_weight},
         }
-        modules = module_table(model.n_layer, model.n_att_experts, model.n_mlp_experts)
+        modules = module_table(
+            model.n_layer,
+            model.n_att_experts_per_layer or model.n_att_experts,
+            model.n_mlp_experts_per_layer or model.n_mlp_experts,
+        )
         tree = model.model_dump(mode="json")
         return save(out, 0, tensors(), state, modules, tree, run_id=uuid.uuid4().hex)
 

@@ -41,12 +41,12 @@ def public_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     for i in range(model.n_layer):
         at = f"transformer.h.{i}."
         shapes |= {f"{at}ln_1.weight": (D,), f"{at}ln_1.bias": (D,)}
-        shapes |= _experts(f"{at}attn.q_proj", model, model.n_att_experts, A)
+        shapes |= _experts(f"{at}attn.q_proj", model, model.num_experts(i, "attention"), A)
         if not model.shares_kv:
             for name in ("k_proj", "v_proj"):
                 shapes |= {f"{at}attn.{name}.weight": (A, D), f"{at}attn.{name}.bias": (A,)}
         shapes |= {f"{at}ln_2.weight": (D,), f"{at}ln_2.bias": (D,)}
-        shapes |= _experts(f"{at}mlpf", model, model.n_mlp_experts, F)
+        shapes |= _experts(f"{at}mlpf", model, model.num_experts(i, "mlp"), F)
     shapes |= {"transformer.ln_f.weight": (D,), "transformer.ln_f.bias": (D,)}
     shapes["lm_head.weight"] = (V, D)
     return shapes

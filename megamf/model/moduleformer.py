@@ -46,8 +46,8 @@ class Backbone(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.embedding_dropout = nn.Dropout(config.embd_pdrop)
         self.h = nn.ModuleList(
-            Block(config, dispatcher, backends, self.context, attention_dispatcher=attention_dispatcher)
-            for _ in range(config.n_layer)
+            Block(config.of_layer(i), dispatcher, backends, self.context, attention_dispatcher=attention_dispatcher)
+            for i in range(config.n_layer)
         )
         self.ln_f = backends.layer_norm(config.n_embd, config.layer_norm_epsilon)
         self.recompute_blocks = False

@@ -86,3 +86,28 @@ def test_backends_are_named():
     assert chosen == ("triton", "csrc", "apex", "apex")
     with pytest.raises(ConfigError, match=r"experts.backend.*megablock"):
         load_config(overrides=["experts.backend=megablock"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"n_att_experts_per_layer": [4]}, "has 1 entries, n_layer is 2"),
+        ({"n_att_experts_per_layer": [3, 2]}, "n_att_experts=4, but the largest of n_att_experts_per_layer is 3"),
+        ({"n_mlp_experts_per_layer": [6, 1]}, "k_mlp=2 is larger than the 1 experts of layer 1"),
+    ],
+)
+def test_layers_with_numbers_of_their_own(fields, message):
+    sizes = {"n_layer": 2, "n_att_experts": 4, "n_mlp_experts": 6}
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**sizes, **fields)
+
+
+def test_a_layer_is_built_from_its_own_numbers():
+    config = ModelConfig(n_layer=2, n_att_experts=4, n_mlp_experts=6, n_mlp_experts_per_layer=[3, 6])
+    assert [config.num_experts(layer, "mlp") for layer in (0, 1)] == [3, 6]
+    assert [config.num_experts(layer, "attention") for layer in (0, 1)] == [4, 4]
+    assert config.of_layer(0) == ModelConfig(n_layer=2, n_att_experts=4, n_mlp_experts=3)
+    even = ModelConfig()
+    assert even.of_layer(3) is even
+    with pytest.raises(ValueError, match="neither attention nor mlp"):
+        config.num_experts(0, "dense")

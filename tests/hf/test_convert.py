@@ -37,7 +37,11 @@ def checkpoint(tmp_path, tiny, random_weights):
                 parts = {f".{e}": value[e] for e in range(len(value))} if value.dim() == 3 else {"": value}
                 tensors |= {f"{group}/{key}{suffix}": part for suffix, part in parts.items()}
         state = {"step": 7, "consumed_tokens": 1234, "config": {"losses": losses or {}, "train": {"seq_len": 16}}}
-        modules = module_table(config.n_layer, config.n_att_experts, config.n_mlp_experts)
+        modules = module_table(
+            config.n_layer,
+            config.n_att_experts_per_layer or config.n_att_experts,
+            config.n_mlp_experts_per_layer or config.n_mlp_experts,
+        )
         return save(tmp_path / name, 7, tensors, state, modules, config.model_dump(mode="json"), run_id="r"), master
 
     return make
@@ -77,8 +81,12 @@ def test_every_loader_gives_the_same_logits(checkpoint, tmp_path):
         assert torch.allclose(found, expected, rtol=1e-11, atol=1e-12)
 
 
-def test_an_export_loads_without_megamf(checkpoint, tmp_path):
-    step, _ = checkpoint()
+UNEVEN = {"n_att_experts_per_layer": [2, 4], "n_mlp_experts_per_layer": [5, 3]}
+
+
+@pytest.mark.parametrize("changes", [{}, UNEVEN], ids=["even", "uneven layers"])
+def test_an_export_loads_without_megamf(checkpoint, tmp_path, changes):
+    step, _ = checkpoint(**changes)
     out = tmp_path / "out"
     export_hf(step, out)
     model, _ = load_model(step, torch.float64)
@@ -95,6 +103,30 @@ def test_an_export_loads_without_megamf(checkpoint, tmp_path):
     subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, env=environment, timeout=120)
     found = torch.load(tmp_path / "logits.pt", weights_only=True)
     assert torch.allclose(found, model.logits(model(ids()).hidden_BTD), rtol=1e-11, atol=1e-12)
+
+
+def test_uneven_layers_survive_export_and_import(checkpoint, tmp_path):
+    step, _ = checkpoint(**UNEVEN)
+    out = tmp_path / "out"
+    export_hf(step, out)
+    tree = json.loads((out / "config.json").read_text())
+    assert {name: tree[name] for name in UNEVEN} == UNEVEN and tree["n_mlp_experts"] == 5
+    assert "2 to 4, 2 a token" in (out / "README.md").read_text()
+    again = import_hf(out, tmp_path / "imported")
+    with Checkpoint(step) as before, Checkpoint(again) as after:
+        assert before.logical_shapes("weights") == after.logical_shapes("weights")
+        assert len(after.modules) == 2 + 5 + 4 + 3
+        for name in before.logical_shapes("weights"):
+            assert torch.equal(before.full(name), after.full(name))
+    ours, _ = load_model(step, torch.float64)
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float64)
+    found = theirs(ids(), labels=ids())
+    expected = ours.logits(ours(ids()).hidden_BTD)
+    assert torch.allclose(found.logits, expected, rtol=1e-11, atol=1e-12) and found.loss.isfinite()
+    del tree["n_mlp_experts_per_layer"]
+    (out / "config.json").write_text(json.dumps(tree))
+    with pytest.raises(UserError, match="mlpf"):
+        import_hf(out, tmp_path / "again")
 
 
 def test_shards_masks_and_dtype(checkpoint, tmp_path):

@@ -1,5 +1,7 @@
 """Configuration of a ModuleFormer language model, in the field names of the released checkpoints."""
 
+import copy
+
 from transformers import PreTrainedConfig
 
 
@@ -9,9 +11,11 @@ class ModuleFormerConfig(PreTrainedConfig):
     n_head: heads inside each attention expert. att_hidden: attention width of one expert. ffd_hidden: hidden width
     of one MLP expert. k_att, k_mlp: experts a token uses, of n_att_experts and n_mlp_experts. gate_type: `mlp`,
     `linear` or `gmm`; gating_size: the router's width. aux_loss_type: `mi` (mutual information) or `switch` (with
-    z-loss); its sum over all routers times aux_loss_weight is added to the loss. sample_topk: how many of the k
-    are drawn at random in training. block_size, history_length: the segments of the original training; neither
-    limits the context. n_ctx: their reach through all layers. Other fields of released files are kept as they are.
+    z-loss); its sum over all routers times aux_loss_weight is added to the loss. sample_topk: how many of the k are
+    drawn at random in training. n_att_experts_per_layer, n_mlp_experts_per_layer: lists, only in models whose
+    layers differ (n_att_experts and n_mlp_experts are then the largest numbers). block_size, history_length: the
+    segments of the original training; neither limits the context. n_ctx: their reach through all layers. Other
+    fields of released files are kept as they are.
     Raises ValueError for sizes that contradict each other.
     """
 
@@ -51,6 +55,8 @@ class ModuleFormerConfig(PreTrainedConfig):
         block_size=512,
         history_length=512,
         n_ctx=None,
+        n_att_experts_per_layer=None,
+        n_mlp_experts_per_layer=None,
         use_cache=True,
         bos_token_id=50256,
         eos_token_id=50256,
@@ -83,6 +89,11 @@ class ModuleFormerConfig(PreTrainedConfig):
         self.block_size = block_size
         self.history_length = history_length
         self.n_ctx = history_length * n_layer if n_ctx is None else n_ctx
+        # Absent where layers are alike, so that the file is that of the released models.
+        if n_att_experts_per_layer is not None:
+            self.n_att_experts_per_layer = list(n_att_experts_per_layer)
+        if n_mlp_experts_per_layer is not None:
+            self.n_mlp_experts_per_layer = list(n_mlp_experts_per_layer)
         self.use_cache = use_cache
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
@@ -98,6 +109,16 @@ class ModuleFormerConfig(PreTrainedConfig):
         """True where keys and values are the normalised input itself: no key and value projections exist."""
         return self.att_hidden == self.n_embd and self.n_head == 1
 
+    def of_layer(self, layer):
+        """The configuration that one layer is built from: its own numbers of experts."""
+        own = copy.copy(self)
+        for name in ("n_att_experts", "n_mlp_experts"):
+            per_layer = getattr(self, f"{name}_per_layer", None)
+            if per_layer is not None:
+                setattr(own, name, per_layer[layer])
+                delattr(own, f"{name}_per_layer")
+        return own
+
     def _check(self):
         if self.att_hidden % self.n_head:
             raise ValueError(f"att_hidden={self.att_hidden} is not divisible by n_head={self.n_head}")
@@ -109,3 +130,11 @@ class ModuleFormerConfig(PreTrainedConfig):
                 raise ValueError(f"k_{kind}={k} is outside 1..n_{kind}_experts={experts}")
             if not 0 <= self.sample_topk <= k:
                 raise ValueError(f"sample_topk={self.sample_topk} is outside 0..k_{kind}={k}")
+            per_layer = getattr(self, f"n_{kind}_experts_per_layer", None)
+            if per_layer is not None and (
+                len(per_layer) != self.n_layer or max(per_layer) != experts or min(per_layer) < k
+            ):
+                raise ValueError(
+                    f"n_{kind}_experts_per_layer={per_layer} does not fit n_layer={self.n_layer}, "
+                    f"n_{kind}_experts={experts} and k_{kind}={k}"
+                )

@@ -304,7 +304,7 @@ class ModuleFormerModel(ModuleFormerPreTrainedModel):
         super().__init__(config)
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.drop = nn.Dropout(config.embd_pdrop)
-        self.h = nn.ModuleList(self.make_block(config) for _ in range(config.n_layer))
+        self.h = nn.ModuleList(self.make_block(config.of_layer(i)) for i in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.gradient_checkpointing = False
         self.post_init()
