@@ -73,7 +73,7 @@ def test_outcomes_become_exit_codes(capsys):
 
 
 def test_a_job_runs_as_module_and_outside_the_checkout(tmp_path):
-    command = [sys.executable, "-m", "megamf.cli", "plan", "--preset", "nano", "--ranks", "3", "--ep", "2"]
+    command = [sys.executable, "-m", "megamf.cli", "plan", "--preset", "nano", "--gpus-per-node", "3", "parallel.ep=2"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
     assert "world size 3 is not divisible by parallel.ep=2" in result.stderr

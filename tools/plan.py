@@ -1,122 +1,92 @@
-"""Shows what a run will need: parameters, FLOPs, memory per rank by layout, and which layout to take."""
+"""Shows what a run will need on a cluster: memory, traffic, step time, days; and which layout to take."""
 
 import argparse
 import json
-from dataclasses import asdict
+import sys
 
 from rich.console import Console
-from rich.table import Table
 
 from megamf.cli import run
-from megamf.config import ConfigError, RunConfig, load_config
-from megamf.plan import DEVICES, Layout, count_parameters, layouts, recommend, train_flops_per_token
+from megamf.config import ConfigError, load_config
+from megamf.plan.cluster import OPTIONS, Cluster
+from megamf.plan.devices import DEVICES
+from megamf.plan.layout import search, warnings
+from megamf.plan.predict import predict, summary
+from megamf.plan.report import markdown, show, show_search
 
-GIB = 2**30
+WIDTH = 150
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the plan; exit code 1 when no layout fits the device."""
-    args = _parser().parse_intermixed_args(argv)
-    if args.ranks < 1:
-        raise ConfigError(f"--ranks {args.ranks}: at least one rank")
-    if args.imbalance < 1:
-        raise ConfigError(f"--imbalance {args.imbalance}: at least 1, the even share")
-    if args.device == "cpu" and args.memory_gib is None:
-        raise ConfigError("--device cpu needs --memory-gib, the memory of one rank")
+    """Print the plan; exit code 1 when the layout (with --search: every layout) does not fit the device."""
+    given = sys.argv[1:] if argv is None else argv
+    args = _parser().parse_intermixed_args(given)
     files = [word for word in args.words if "=" not in word]
     if len(files) > 1:
         raise ConfigError(f"one configuration file, not {len(files)}: {' '.join(files)}")
+    if args.top < 1:
+        raise ConfigError(f"--top {args.top}: at least 1")
     overrides = [word for word in args.words if "=" in word]
     config = load_config(files[0] if files else None, preset=args.preset, overrides=overrides)
-    memory = int(args.memory_gib * GIB) if args.memory_gib is not None else DEVICES[args.device].memory
-    candidates = layouts(config, args.ranks, memory, eps=args.ep, imbalance=args.imbalance)
-    best = recommend(candidates)
-    plan = _plan(config, args, memory, candidates, best)
+    figures = {
+        name: None if getattr(args, name) is None else getattr(args, name) * unit
+        for name, (_, (_, unit), _) in OPTIONS.items()
+    }
+    cluster = Cluster.of(args.gpu, args.nodes, args.gpus_per_node, **figures)
+    common = summary(config)
+    ranked = search(config, cluster) if args.search else []
+    # Without a terminal nobody cuts the tables.
+    console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+    if args.search and not args.markdown:
+        if args.json:
+            tree = {"cluster": _cluster(cluster)} | common | {"layouts": [found.tree() for found in ranked]}
+            print(json.dumps(tree, indent=2))
+        else:
+            show_search(console, cluster, ranked, args.top)
+            if not ranked:
+                console.print("no layout fits: more nodes, devices with more memory, or a shorter train.seq_len")
+        return 0 if ranked else 1
+    found = predict(config, cluster)
     if args.json:
-        print(json.dumps(plan, indent=2))
+        tree = {"cluster": _cluster(cluster)} | common | found.tree() | {"warnings": warnings(found)}
+        print(json.dumps(tree, indent=2))
+    elif args.markdown:
+        print(markdown(f"megamf plan {' '.join(given)}", common, found, ranked, args.top))
     else:
-        _show(plan, best)
-    return 0 if best else 1
+        show(console, common, found)
+    return 0 if found.fits else 1
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="megamf plan", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="megamf plan",
+        description=__doc__ + " Everything is predicted by formula, from the figures below; nothing is measured.",
+    )
     parser.add_argument(
         "words", nargs="*", metavar="CONFIG.yaml | section.key=value", help="configuration and overrides"
     )
     parser.add_argument("--preset", help="start from a packaged preset")
-    parser.add_argument("--ranks", type=int, required=True, help="processes, one a device")
-    parser.add_argument("--ep", type=int, nargs="+", help="only these expert-parallel degrees (default: all possible)")
-    parser.add_argument("--device", choices=[*DEVICES, "cpu"], default="h100", help="default: h100")
-    parser.add_argument("--memory-gib", type=float, help="memory of one device instead of the table's, in GiB")
-    parser.add_argument(
-        "--imbalance",
-        type=float,
-        default=1.5,
-        help="busiest rank's share of routed rows over the even share (1.5)",
-    )
-    parser.add_argument("--mfu", type=float, default=0.35, help="utilisation assumed for the time estimate (0.35)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument("--nodes", type=int, default=1, help="machines (1)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="devices, and processes, of each (8)")
+    parser.add_argument("--gpu", choices=DEVICES, default="h100", help="what they are (h100)")
+    parser.add_argument("--search", action="store_true", help="rank the layouts that fit by predicted step time")
+    parser.add_argument("--top", type=int, default=12, help="how many of them to show (12)")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON: bytes and seconds")
+    form.add_argument("--markdown", action="store_true", help="print a table for a page; with --search both")
+    figures = parser.add_argument_group("assumptions", "instead of the device's entry or the default")
+    for name, (option, (unit, _), meaning) in OPTIONS.items():
+        figures.add_argument(option, dest=name, type=float, metavar=unit or "SHARE", help=meaning.replace("%", "%%"))
     return parser
 
 
-def _plan(
-    config: RunConfig, args: argparse.Namespace, memory: int, candidates: list[Layout], best: Layout | None
-) -> dict:
-    counts = count_parameters(config.model)
-    flops = train_flops_per_token(config.model, config.train.seq_len)
-    tokens = config.train.steps * config.train.global_batch * config.train.seq_len
-    plan = {
-        "ranks": args.ranks,
-        "device": args.device,
-        "device_memory": memory,
-        "parameters": {"total": counts.total, "active": counts.active, **asdict(counts)},
-        "train_flops_per_token": flops,
-        "tokens": tokens,
-        "train_flops": flops * tokens,
-        "layouts": [_row(layout) for layout in candidates],
-        "recommended": _row(best) if best else None,
+def _cluster(cluster: Cluster) -> dict:
+    return {
+        "gpu": cluster.gpu,
+        "nodes": cluster.nodes,
+        "gpus_per_node": cluster.gpus_per_node,
+        "assumptions": {option: {"value": value, "unit": unit} for option, value, unit, _ in cluster.assumptions()},
     }
-    if args.device in DEVICES:
-        speed = DEVICES[args.device].peak_bf16 * args.ranks * args.mfu
-        plan["estimate"] = {
-            "assumed_mfu": args.mfu,
-            "tokens_per_second": speed / flops,
-            "days": flops * tokens / speed / 86400,
-        }
-    return plan
-
-
-def _row(layout: Layout) -> dict:
-    memory = dict(layout.memory.rows())
-    return {"ep": layout.ep, "zero_stage": layout.zero_stage, "fits": layout.fits, "bytes_per_rank": memory}
-
-
-def _show(plan: dict, best: Layout | None) -> None:
-    console = Console(soft_wrap=True)
-    parameters = plan["parameters"]
-    console.print(f"parameters       {parameters['total']:,} ({parameters['active']:,} active per token)")
-    console.print(f"training FLOPs   {plan['train_flops_per_token']:.4g} per token, {plan['train_flops']:.4g} in all")
-    console.print(f"tokens           {plan['tokens']:,}")
-    table = Table(
-        title=f"GiB per rank, {plan['ranks']} ranks, {plan['device']} ({plan['device_memory'] / GIB:.0f} GiB)"
-    )
-    for name in ("EP", "ZeRO", "weights", "gradients", "optimizer", "activations", "logits", "total", "fits"):
-        table.add_column(name, justify="right")
-    for row in plan["layouts"]:
-        sizes = [f"{size / GIB:.2f}" for size in row["bytes_per_rank"].values()]
-        table.add_row(str(row["ep"]), str(row["zero_stage"]), *sizes, "yes" if row["fits"] else "no")
-    console.print(table)
-    if best is None:
-        console.print("no layout fits: more ranks, a smaller train.micro_batch, or train.activation_checkpointing=full")
-    else:
-        console.print(f"recommended      parallel.ep={best.ep} deepspeed=zero{best.zero_stage}")
-    if "estimate" in plan:
-        guess = plan["estimate"]
-        console.print(
-            f"estimate         {guess['tokens_per_second']:,.0f} tokens/s, {guess['days']:.1f} days "
-            f"(assuming {guess['assumed_mfu']:.0%} of the vendor's bf16 peak; not measured)"
-        )
 
 
 if __name__ == "__main__":

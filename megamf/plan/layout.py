@@ -1,65 +1,133 @@
-"""Which layouts (expert parallelism x ZeRO stage) fit on a device, and which one to take."""
+"""Other layouts of the same run: which there are, which fit, which is fastest, and what makes one fit."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
 
 from megamf.config import ConfigError, RunConfig
-from megamf.plan.memory import RankMemory, rank_memory
+from megamf.plan.cluster import Cluster
+from megamf.plan.predict import Prediction, predict
 
-# The least communication first: stage 1 moves as many bytes as stage 0, stage 2 reduces at every micro batch.
-STAGE_ORDER = (1, 2, 0)
-# Share of a device's memory that a plan may fill; the rest is for buckets, workspaces and fragmentation.
-FILL = 0.9
-
-
-@dataclass(frozen=True)
-class Layout:
-    """One way to lay a run out, with what a rank then needs."""
-
-    ep: int
-    zero_stage: int
-    memory: RankMemory
-    fits: bool
+RECOMPUTATION = ("none", "experts", "full")
+LARGEST_MICRO_BATCH = 64
 
 
-def layouts(
-    config: RunConfig,
-    num_ranks: int,
-    device_memory: int,
-    *,
-    eps: list[int] | None = None,
-    imbalance: float = 1.5,
-) -> list[Layout]:
-    """Every layout of `num_ranks` ranks, fewest expert-parallel ranks first. `device_memory` in bytes.
+def search(config: RunConfig, cluster: Cluster) -> list[Prediction]:
+    """The fitting layouts of `config` on `cluster`, fastest first.
 
-    `eps` restricts the expert-parallel degrees. Raises ConfigError where one does not
-    divide ranks or experts.
+    Expert parallelism x DeepSpeed configuration x context x recomputation; of each the fastest micro batch. Layouts
+    that the run would refuse are left out.
     """
-    degrees = eps if eps is not None else _possible_degrees(config, num_ranks)
-    found = []
-    for ep in degrees:
-        try:
-            config.parallel.model_copy(update={"ep": ep}).check(num_ranks, config.model)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-        for stage in STAGE_ORDER:
-            if stage == 0 and config.train.precision == "bf16":
-                continue  # the trainer refuses it: DeepSpeed keeps fp32 masters from stage 1 on
-            memory = rank_memory(config, num_ranks, ep=ep, zero_stage=stage, imbalance=imbalance)
-            found.append(Layout(ep, stage, memory, memory.total <= FILL * device_memory))
-    return found
-
-
-def recommend(candidates: list[Layout]) -> Layout | None:
-    """The first that fits: expert parallelism only as far as memory demands, then least communication."""
-    return next((layout for layout in candidates if layout.fits), None)
-
-
-def _possible_degrees(config: RunConfig, num_ranks: int) -> list[int]:
-    degrees = []
-    for ep in range(1, num_ranks + 1):
-        try:
-            config.parallel.model_copy(update={"ep": ep}).check(num_ranks, config.model)
-        except ValueError:
+    best: dict[tuple, Prediction] = {}
+    for candidate in candidates(config, cluster):
+        found = try_predict(candidate, cluster)
+        if found is None or not found.fits:
             continue
-        degrees.append(ep)
-    return degrees
+        key = (found.job.ep, candidate.deepspeed, found.job.context, candidate.train.activation_checkpointing)
+        if key not in best or found.time.total < best[key].time.total:
+            best[key] = found
+    return sorted(best.values(), key=_speed_then_simplicity)
+
+
+def candidates(config: RunConfig, cluster: Cluster) -> Iterator[RunConfig]:
+    """Every layout worth a look, the impossible ones included."""
+    ranks = cluster.num_ranks
+    has_context = hasattr(config.parallel, "context")
+    for ep in divisors(ranks) if config.model.kind != "dense" else [1]:
+        for context in divisors(cluster.gpus_per_node) if has_context else [1]:
+            share = config.train.global_batch * context // ranks
+            for micro_batch in (size for size in divisors(share) if size <= LARGEST_MICRO_BATCH):
+                for name in engines(config):
+                    for mode in RECOMPUTATION:
+                        yield vary(
+                            config,
+                            ep=ep,
+                            context=context,
+                            micro_batch=micro_batch,
+                            deepspeed=name,
+                            activation_checkpointing=mode,
+                        )
+
+
+def vary(
+    config: RunConfig,
+    *,
+    ep: int | None = None,
+    context: int | None = None,
+    micro_batch: int | None = None,
+    deepspeed: str | None = None,
+    activation_checkpointing: str | None = None,
+) -> RunConfig:
+    """A copy with some parts of the layout changed."""
+    parallel = {"ep": ep, "context": context if hasattr(config.parallel, "context") else None}
+    train = {"micro_batch": micro_batch, "activation_checkpointing": activation_checkpointing}
+    return config.model_copy(
+        update={
+            "parallel": config.parallel.model_copy(update={k: v for k, v in parallel.items() if v is not None}),
+            "train": config.train.model_copy(update={k: v for k, v in train.items() if v is not None}),
+            "deepspeed": deepspeed or config.deepspeed,
+        }
+    )
+
+
+def try_predict(config: RunConfig, cluster: Cluster) -> Prediction | None:
+    """None where the run would refuse the layout."""
+    try:
+        return predict(config, cluster)
+    except ConfigError:
+        return None
+
+
+def engines(config: RunConfig) -> list[str]:
+    """The packaged DeepSpeed configurations, and the one that `config` names if it is another."""
+    files = resources.files("megamf.ds_configs").iterdir()
+    packaged = sorted(Path(entry.name).stem for entry in files if entry.name.endswith(".json"))
+    return packaged if config.deepspeed in packaged else [*packaged, config.deepspeed]
+
+
+def remedies(found: Prediction) -> list[Prediction]:
+    """Layouts one change away from one that does not fit, that do fit; fastest first."""
+    config, cluster = found.job.config, found.cluster
+    train = config.train
+    changes = [{"micro_batch": size} for size in divisors(train.micro_batch)[:-1]] + [
+        {"ep": ep} for ep in divisors(cluster.num_ranks) if ep > found.job.ep
+    ]
+    changes += [{"activation_checkpointing": mode} for mode in RECOMPUTATION]
+    changes += [{"deepspeed": name} for name in engines(config)]
+    changes += [{"context": size} for size in divisors(cluster.gpus_per_node) if size > found.job.context]
+    near = [try_predict(vary(config, **change), cluster) for change in changes]
+    return sorted((item for item in near if item is not None and item.fits), key=_speed_then_simplicity)
+
+
+def warnings(found: Prediction) -> list[str]:
+    """What a user should know before this run is started, each with what to change."""
+    job, cluster, said = found.job, found.cluster, []
+    if not found.fits:
+        over = (found.memory.peak - cluster.usable_memory) / 2**30
+        near = remedies(found)
+        help_ = f"fits with {near[0].overrides}" if near else "no single change makes it fit: try --search"
+        said.append(f"does not fit: {over:.1f} GiB more than may be filled; {help_}")
+    if job.sparse and job.expert_group.crosses(cluster):
+        said.append(
+            f"parallel.ep={job.ep} reaches over nodes of {cluster.gpus_per_node}: every layer waits for the network; "
+            f"parallel.ep={cluster.gpus_per_node} or less stays inside"
+        )
+    if job.config.losses.scope == "global_batch" and job.accumulation > 1 and job.sparse:
+        said.append(
+            "losses.scope=global_batch with accumulation costs one more forward pass; losses.scope=micro_batch does not"
+        )
+    if found.time.communication > 0.3 * found.time.total:
+        share = found.time.communication / found.time.total
+        said.append(f"{share:.0%} of a step is exposed communication; --search lists faster layouts")
+    return said
+
+
+def divisors(number: int) -> list[int]:
+    """In ascending order."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _speed_then_simplicity(found: Prediction) -> tuple:
+    # Times that agree to a thousandth are the same prediction: then the simpler layout goes first.
+    job = found.job
+    return float(f"{found.time.total:.3g}"), job.context, job.ep, job.engine.stage, job.engine.offload_optimizer

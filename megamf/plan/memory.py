@@ -1,66 +1,90 @@
-"""How many bytes one rank needs, by formula: weights, gradients, optimizer state, activations, logits.
+"""How many bytes one rank needs, by formula: resident state, activations, and the workspace of each phase of a step.
 
 Letters: `N` tokens of one micro batch on a rank, `D` model width, `A` attention width, `F` expert hidden,
 `E` experts, `K` top-k, `R` = N*K routed copies, `G` router width, `H` heads, `V` vocabulary; `b` bytes of a
-value in the training precision. The allocator's fragmentation, communication buckets and library workspaces
-are not in the sum; leave a tenth free.
+value in the training precision. The allocator's fragmentation, communication buffers of NCCL and workspaces of
+libraries are not in the sum; leave a tenth free.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
-from megamf.config import ModelConfig, RunConfig
-from megamf.plan.flops import count_parameters
+from megamf.config import ModelConfig
+from megamf.plan.job import Job
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on one rank at the peak of a training step."""
+    """Bytes on one rank.
+
+    `weights` and `optimizer` are there always. The rest comes and goes: `gradients` what accumulates (of a single micro
+    batch: what there is when it is over), `activations` saved for the backward pass, and the workspaces of the loss, of
+    the backward pass through one layer, of ZeRO's reduction and of the optimizer. `peak` is the most that meets.
+    `host` is in the memory of the rank's host (offload).
+    """
 
     weights: int
-    gradients: int
     optimizer: int
+    gradients: int
     activations: int
-    logits: int
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return sum(asdict(self).values())
+    loss: int
+    layer: int
+    bucket: int
+    update: int
+    peak: int
+    host: int
 
     def rows(self) -> list[tuple[str, int]]:
-        """(name, bytes) of each part, and of the total."""
-        return [*asdict(self).items(), ("total", self.total)]
+        """(name, bytes) in order."""
+        return [(name, getattr(self, name)) for name in self.__dataclass_fields__]
 
 
-def rank_memory(config: RunConfig, num_ranks: int, *, ep: int, zero_stage: int, imbalance: float = 1.5) -> RankMemory:
-    """Bytes per rank when `num_ranks` train `config` with `ep` and `zero_stage` instead of its own layout.
+def rank_memory(job: Job, imbalance: float = 1.0) -> RankMemory:
+    """The bytes of one rank of `job`, whose busiest rank receives `imbalance` times its even share of routed rows.
 
-    A rank holds the shared parameters and 1/ep of the experts. Weights take b bytes each. Gradients take b
-    each at stages 0 and 1; at stage 2 only the rank's shard stays: shared parameters are sharded over all
-    ranks, expert parameters over the num_ranks/ep ranks that replicate them. The optimizer keeps two fp32
-    moments, and an fp32 master copy unless the stage is 0 in fp32; from stage 1 on only of the shard, plus,
-    in bf16, the shard's gradient in fp32 at the step. `imbalance` is how many times its even share of
-    routed rows the busiest rank receives; it matters with ep > 1 only, since one rank alone gets exactly R
-    rows.
+    Weights take b bytes each: all shared ones and 1/P of the experts; at stage 3 a shard, and what is gathered while it
+    is used. The optimizer keeps two fp32 moments, and an fp32 master copy unless the stage is 0 in fp32; from stage 1
+    on of a shard only (shared parameters over all W ranks, experts over the W/P that hold the same). Gradients take b
+    bytes each: at stages 0 and 1 all of them accumulate, from stage 2 on a shard. While they are summed over ranks a
+    bucket of fixed size is filled (stages 1 to 3); at the update the largest of the parameter groups is copied, in bf16
+    also to fp32.
+
+    Peak: resident state, and the largest of: the loss (all activations, what earlier micro batches accumulated, the
+    logits of one chunk); the start of the backward pass (all activations and the bucket); its end (no activations, all
+    gradients and the bucket); the update. `imbalance` matters with P > 1 only: alone, a rank gets exactly R rows.
     """
-    if zero_stage not in (0, 1, 2):
-        raise ValueError(f"zero_stage={zero_stage}: the plan knows 0, 1 and 2")
-    if imbalance < 1:
-        raise ValueError(f"imbalance={imbalance}: the busiest rank gets at least its even share, so at least 1")
-    config.parallel.model_copy(update={"ep": ep}).check(num_ranks, config.model)
-    counts = count_parameters(config.model)
-    value_bytes = 2 if config.train.precision == "bf16" else 4
-    local = counts.shared + counts.experts // ep
-    shard = local if zero_stage == 0 else -(-counts.shared // num_ranks) + counts.experts // num_ranks
-    master = 0 if zero_stage == 0 and config.train.precision == "fp32" else 4
-    step_gradient = 4 if config.train.precision == "bf16" else 0
-    return RankMemory(
-        weights=local * value_bytes,
-        gradients=(shard if zero_stage == 2 else local) * value_bytes,
-        optimizer=shard * (8 + master + step_gradient),
-        activations=_activations(config, value_bytes, imbalance if ep > 1 else 1.0),
-        logits=_logits(config),
-    )
+    engine, b = job.engine, job.value_bytes
+    low = b == 2
+    local, shard = job.shared + job.local_experts, job.shard_shared + job.shard_experts
+    master = 0 if engine.stage == 0 and not low else 4
+    optimizer = shard * (8 + master)
+    weights = (local if engine.stage < 3 else shard) * b
+    gathered = _gathered(job) * b if engine.stage == 3 else 0
+    gradients = (shard if engine.stage >= 2 else local) * b
+    bucket = engine.bucket * b * (2 if engine.overlap else 1) if engine.stage > 0 and engine.contiguous else 0
+    update = 0 if engine.stage == 0 else max(job.shard_shared, job.shard_experts) * (b + (4 if low else 0))
+
+    tokens, spread = job.tokens, imbalance if job.ep > 1 else 1.0
+    saved = _activations(job, spread)
+    loss = 3 * 4 * min(job.config.train.loss_chunk, tokens) * job.model.vocab_size
+    layer = _layer_workspace(job, spread) + gathered
+    repeated = job.accumulation > 1
+    before = gradients if repeated else 0
+    held = bucket if repeated and engine.stage == 1 else 0
+    phases = [
+        before + held + saved + loss,
+        before + bucket + saved + layer,
+        gradients + bucket + layer,
+        (shard if engine.stage else local) * b + update,
+    ]
+    host = 0
+    if engine.offload_optimizer:
+        # The gradients of the shard are added up there too, in fp32.
+        host, optimizer = shard * (8 + 4 + 4), 0
+        phases[3] = shard * b
+    if engine.offload_parameters:
+        host, weights = host + weights, 0
+    peak = weights + optimizer + max(phases)
+    return RankMemory(weights, optimizer, gradients, saved, loss, layer, bucket, update, peak, host)
 
 
 def layer_activations(model: ModelConfig, tokens: int, value_bytes: int, *, imbalance: float = 1.0) -> tuple[int, int]:
@@ -87,22 +111,37 @@ def layer_activations(model: ModelConfig, tokens: int, value_bytes: int, *, imba
     return int(kept), int(tokens * imbalance * model.k_mlp * 2 * hidden * value_bytes)
 
 
-def _activations(config: RunConfig, value_bytes: int, imbalance: float) -> int:
-    """All layers by recomputation mode; what is recomputed is alive for one layer at a time."""
-    tokens = config.train.micro_batch * config.train.seq_len
-    layers = config.model.n_layer
-    kept, hidden = layer_activations(config.model, tokens, value_bytes, imbalance=imbalance)
-    entry = tokens * config.model.n_embd * value_bytes
-    match config.train.activation_checkpointing:
+def _activations(job: Job, imbalance: float) -> int:
+    """What all layers save, by recomputation mode."""
+    layers, b = job.model.n_layer, job.value_bytes
+    kept, hidden = layer_activations(job.model, job.tokens, b, imbalance=imbalance)
+    entry = job.tokens * job.model.n_embd * b
+    # The final norm keeps its input and its output.
+    match job.config.train.activation_checkpointing:
         case "none":
-            return entry + layers * (kept + hidden)
+            return 2 * entry + layers * (kept + hidden)
         case "experts":
-            return entry + layers * kept + hidden
+            return 2 * entry + layers * kept
         case "full":
-            return (layers + 1) * entry + kept + hidden
+            return (layers + 2) * entry
 
 
-def _logits(config: RunConfig) -> int:
-    """Logits of one chunk and their gradient in fp32, and both once more in the softmax's working copies."""
-    tokens = min(config.train.loss_chunk, config.train.micro_batch * config.train.seq_len)
-    return 3 * 4 * tokens * config.model.vocab_size
+def _layer_workspace(job: Job, imbalance: float) -> int:
+    """What the backward pass through one layer needs besides what the forward pass saved.
+
+    Recomputed activations; of the MLP the gradients of both hidden rows (2 R F) and of the rows on either side (2 R D);
+    and the gradient of its larger weight before it is added to what has accumulated.
+    """
+    model, b = job.model, job.value_bytes
+    kept, hidden = layer_activations(model, job.tokens, b, imbalance=imbalance)
+    again = {"none": 0, "experts": hidden, "full": kept + hidden}[job.config.train.activation_checkpointing]
+    copies = model.k_mlp * imbalance if job.sparse else 1
+    experts = model.n_mlp_experts // job.ep if job.sparse else 1
+    passing = int(job.tokens * copies * 2 * (model.ffd_hidden + model.n_embd) * b)
+    return again + passing + experts * model.n_embd * model.ffd_hidden * b
+
+
+def _gathered(job: Job) -> int:
+    """Parameters that stage 3 has gathered at one time: a layer, what is fetched ahead, and the head at its turn."""
+    layer = (job.shared - job.counts.embedding - job.counts.head + job.local_experts) // job.model.n_layer
+    return max(layer, job.counts.head) + min(job.engine.prefetch, job.shared + job.local_experts)

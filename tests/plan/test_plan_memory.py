@@ -3,62 +3,82 @@
 import pytest
 import torch
 
-from megamf.config import ModelConfig, load_config
+from megamf.config import ConfigError, ModelConfig, load_config
 from megamf.model import ModuleFormer, initialise
-from megamf.plan import count_parameters, rank_memory
-from megamf.plan.memory import layer_activations
+from megamf.plan import count_parameters
+from megamf.plan.job import Job
+from megamf.plan.memory import layer_activations, rank_memory
+
+BUCKET = 500_000_000  # elements, of the packaged DeepSpeed configurations
 
 
-def config(*overrides, preset="molm-350m-4b"):
-    return load_config(preset=preset, overrides=list(overrides))
+def memory(num_ranks, *overrides, preset="molm-350m-4b", imbalance=1.0):
+    config = load_config(preset=preset, overrides=["train.global_batch=1024", *overrides])
+    return rank_memory(Job.of(config, num_ranks), imbalance)
 
 
 def test_states_of_one_rank_are_sixteen_bytes_a_parameter_in_bf16():
-    # 2 weight + 2 gradient + 4 master + 8 moments + 4 step gradient
-    memory = rank_memory(config(), 1, ep=1, zero_stage=1)
+    # 2 weight + 2 gradient + 4 master + 8 moments, and at the update 2 + 4 of the largest group.
+    found = memory(1)
+    counts = count_parameters(load_config(preset="molm-350m-4b").model)
     total = 4_142_526_464
-    assert (memory.weights, memory.gradients, memory.optimizer) == (2 * total, 2 * total, 16 * total)
+    assert (found.weights, found.gradients, found.optimizer) == (2 * total, 2 * total, 12 * total)
+    assert found.update == 6 * counts.experts
+    assert found.bucket == 2 * BUCKET
 
 
 def test_fp32_without_zero_keeps_no_second_copy_of_the_weights():
-    memory = rank_memory(config(preset="nano"), 2, ep=1, zero_stage=0)
-    total = count_parameters(config(preset="nano").model).total
-    assert (memory.weights, memory.gradients, memory.optimizer) == (4 * total, 4 * total, 8 * total)
+    found = memory(2, "deepspeed=zero0", preset="nano")
+    total = count_parameters(load_config(preset="nano").model).total
+    assert (found.weights, found.gradients, found.optimizer) == (4 * total, 4 * total, 8 * total)
+    assert (found.bucket, found.update) == (0, 0)
 
 
 def test_zero_shards_experts_over_their_replicas_only():
-    counts = count_parameters(config().model)
+    counts = count_parameters(load_config(preset="molm-350m-4b").model)
     for ep in (1, 2, 4, 8, 16):
-        memory = rank_memory(config(), 16, ep=ep, zero_stage=2)
-        assert memory.weights == 2 * (counts.shared + counts.experts // ep)
+        found = memory(16, f"parallel.ep={ep}", "deepspeed=zero2")
+        assert found.weights == 2 * (counts.shared + counts.experts // ep)
         # 16/ep replicas of 1/ep of the experts: every rank keeps a sixteenth, whatever ep is.
         shard = -(-counts.shared // 16) + counts.experts // 16
-        assert memory.gradients == 2 * shard
-        assert memory.optimizer == 16 * shard
+        assert found.gradients == 2 * shard
+        assert found.optimizer == 12 * shard
+
+
+def test_the_peak_is_the_worst_of_the_phases():
+    once = memory(8, "train.global_batch=64")
+    again = memory(8, "train.global_batch=128")
+    resident = once.weights + once.optimizer
+    # One micro batch: the reduction meets the gradients when the activations are gone.
+    assert once.peak == resident + max(
+        once.activations + once.loss, once.bucket + once.activations + once.layer,
+        once.gradients + once.bucket + once.layer,
+    )  # fmt: skip
+    # Two: all that the first left, and the second's activations on top.
+    assert again.peak == resident + again.gradients + again.bucket + again.activations + max(again.loss, again.layer)
 
 
 def test_more_recomputation_and_smaller_batches_need_less():
     modes = ("none", "experts", "full")
-    sizes = [rank_memory(config(f"train.activation_checkpointing={m}"), 8, ep=1, zero_stage=1) for m in modes]
+    sizes = [memory(8, f"train.activation_checkpointing={m}") for m in modes]
     assert sizes[0].activations > sizes[1].activations > sizes[2].activations
-    half = rank_memory(config("train.micro_batch=4", "train.activation_checkpointing=none"), 8, ep=1, zero_stage=1)
+    assert sizes[0].layer < sizes[1].layer < sizes[2].layer
+    half = memory(8, "train.micro_batch=4", "train.activation_checkpointing=none")
     assert 2 * half.activations == sizes[0].activations
 
 
 def test_imbalance_matters_only_between_ranks():
-    even, skewed = (rank_memory(config(), 8, ep=8, zero_stage=1, imbalance=i).activations for i in (1.0, 2.0))
+    even, skewed = (memory(8, "parallel.ep=8", imbalance=i).activations for i in (1.0, 2.0))
     assert skewed > even
-    alone = [rank_memory(config(), 8, ep=1, zero_stage=1, imbalance=i).activations for i in (1.0, 2.0)]
+    alone = [memory(8, imbalance=i).activations for i in (1.0, 2.0)]
     assert alone[0] == alone[1]
 
 
 def test_mistakes_are_refused_with_both_values():
-    with pytest.raises(ValueError, match=r"world size 6 is not divisible by parallel\.ep=4"):
-        rank_memory(config(), 6, ep=4, zero_stage=1)
-    with pytest.raises(ValueError, match="zero_stage=3"):
-        rank_memory(config(), 8, ep=1, zero_stage=3)
-    with pytest.raises(ValueError, match=r"imbalance=0\.5"):
-        rank_memory(config(), 8, ep=1, zero_stage=1, imbalance=0.5)
+    with pytest.raises(ConfigError, match=r"world size 6 is not divisible by parallel\.ep=4"):
+        memory(6, "parallel.ep=4")
+    with pytest.raises(ConfigError, match=r"train\.global_batch=1024 is not divisible.*7 data-parallel ranks = 56"):
+        memory(7)
 
 
 @pytest.mark.parametrize("heads", [1, 4])

@@ -1,0 +1,161 @@
+"""What the formulas of memory, traffic and time need to know of a configuration on a number of ranks.
+
+Letters as in `megamf.plan.flops`; besides `N` tokens of one micro batch on one rank, `W` ranks, `P` expert-parallel
+ranks, `X` ranks that share one sequence.
+"""
+
+from dataclasses import dataclass, replace
+
+from megamf.config import ConfigError, ModelConfig, RunConfig
+from megamf.parallel.zero import deepspeed_config
+from megamf.plan.cluster import Group
+from megamf.plan.flops import ParameterCounts, count_parameters
+
+# DeepSpeed's own defaults where its JSON is silent.
+BUCKET = 500_000_000
+PREFETCH = 50_000_000
+PERSISTENT = 100_000
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What of the DeepSpeed JSON matters here. Sizes in elements."""
+
+    stage: int
+    bucket: int
+    overlap: bool
+    contiguous: bool
+    prefetch: int
+    offload_optimizer: bool
+    offload_parameters: bool
+    wire_bytes: int
+    """Bytes of one gradient value while gradients are summed over ranks."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One layout of one configuration."""
+
+    config: RunConfig
+    counts: ParameterCounts
+    engine: Engine
+    num_ranks: int
+    ep: int
+    context: int
+    accumulation: int
+    attention_experts: str
+
+    @classmethod
+    def of(cls, config: RunConfig, num_ranks: int) -> "Job":
+        """Raises ConfigError where the configuration cannot be laid out on `num_ranks` ranks."""
+        try:
+            config.parallel.check(num_ranks, config.model)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        context = getattr(config.parallel, "context", 1)
+        ways = num_ranks // context
+        per_round = config.train.micro_batch * ways
+        if config.train.global_batch % per_round:
+            raise ConfigError(
+                f"train.global_batch={config.train.global_batch} is not divisible by train.micro_batch="
+                f"{config.train.micro_batch} x {ways} data-parallel ranks = {per_round}"
+            )
+        return cls(
+            config,
+            count_parameters(config.model),
+            engine_of(config, num_ranks),
+            num_ranks,
+            config.parallel.ep,
+            context,
+            config.train.global_batch // per_round,
+            getattr(config.parallel, "attention_experts", "move_tokens"),
+        )
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.config.model
+
+    @property
+    def sparse(self) -> bool:
+        """Whether there are experts."""
+        return self.model.kind != "dense"
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of a weight or an activation."""
+        return 2 if self.config.train.precision == "bf16" else 4
+
+    @property
+    def tokens(self) -> int:
+        """N: tokens of one micro batch on one rank."""
+        return self.config.train.micro_batch * self.config.train.seq_len // self.context
+
+    @property
+    def tokens_a_step(self) -> int:
+        """Tokens of all ranks and micro batches in one update."""
+        return self.config.train.global_batch * self.config.train.seq_len
+
+    @property
+    def world(self) -> Group:
+        return Group(self.num_ranks)
+
+    @property
+    def expert_group(self) -> Group:
+        """Ranks that share one copy of the experts: neighbours."""
+        return Group(self.ep)
+
+    @property
+    def replica_group(self) -> Group:
+        """Ranks that hold the same experts."""
+        return Group(self.num_ranks // self.ep, self.ep)
+
+    @property
+    def context_group(self) -> Group:
+        """Ranks that share one sequence: neighbours."""
+        return Group(self.context)
+
+    @property
+    def local_experts(self) -> int:
+        """Expert parameters a rank computes with."""
+        return self.counts.experts // self.ep if self.sparse else 0
+
+    @property
+    def shared(self) -> int:
+        """Parameters outside expert parallelism (in a dense model all of them)."""
+        return self.counts.shared if self.sparse else self.counts.total
+
+    @property
+    def shard_shared(self) -> int:
+        """Shared parameters whose optimizer state this rank keeps."""
+        return self.shared if self.engine.stage == 0 else -(-self.shared // self.num_ranks)
+
+    @property
+    def shard_experts(self) -> int:
+        """Expert parameters whose optimizer state this rank keeps."""
+        return self.local_experts if self.engine.stage == 0 else -(-self.local_experts // self.replica_group.size)
+
+    def with_attention_experts(self, strategy: str) -> "Job":
+        """The same with another strategy for attention experts."""
+        return replace(self, attention_experts=strategy)
+
+
+def engine_of(config: RunConfig, num_ranks: int) -> Engine:
+    """The JSON that `config.deepspeed` names, read as the run reads it. Raises ConfigError as the run would."""
+    tree = deepspeed_config(config, num_ranks)
+    zero = tree["zero_optimization"]
+    low = config.train.precision == "bf16"
+    wire = {"fp32": 4, "fp16": 2, "bf16": 2}.get(tree.get("communication_data_type", ""), 2 if low else 4)
+    return Engine(
+        stage=zero["stage"],
+        bucket=int(zero.get("reduce_bucket_size", BUCKET)),
+        overlap=bool(zero.get("overlap_comm", zero["stage"] == 3)),
+        contiguous=bool(zero.get("contiguous_gradients", True)),
+        prefetch=int(zero.get("stage3_prefetch_bucket_size", PREFETCH)),
+        offload_optimizer=_offloaded(zero, "offload_optimizer"),
+        offload_parameters=_offloaded(zero, "offload_param"),
+        wire_bytes=wire,
+    )
+
+
+def _offloaded(zero: dict, key: str) -> bool:
+    return (zero.get(key) or {}).get("device", "none") not in ("none", None)

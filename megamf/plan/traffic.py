@@ -1,0 +1,171 @@
+"""Every collective of one training step: what, among which ranks, how often, how many bytes, how long.
+
+Letters as in `megamf.plan.memory`; `P` expert-parallel ranks, `W` ranks. Nothing is measured here.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megamf.plan.cluster import Cluster, Group, all_to_all_seconds, hops, ring_rate
+from megamf.plan.job import Job
+
+# Parameter groups of the optimizer, each gathered by itself: decayed and not.
+SHARED_GROUPS = 2
+
+
+@dataclass(frozen=True)
+class Collective:
+    """`calls` times in a step, `sent` bytes leave a rank each time (the mean, and of the busiest rank).
+
+    `hidden`: ZeRO's traffic that runs beside computing where the engine is told to (overlap_comm).
+    """
+
+    name: str
+    kind: str
+    group: Group
+    calls: int
+    sent: float
+    busiest: float
+    hidden: bool = False
+
+    @property
+    def bytes(self) -> float:
+        """Bytes a rank sends in one step."""
+        return self.calls * self.sent
+
+    def seconds(self, cluster: Cluster) -> float:
+        """Time in one step, when nothing else uses the links; the busiest rank sets it."""
+        if self.group.size == 1:
+            return 0.0
+        if self.kind == "all_to_all":
+            transfer = all_to_all_seconds(self.busiest, self.group, cluster)
+        else:
+            transfer = self.busiest / ring_rate(self.group, cluster)
+        return self.calls * (transfer + cluster.latency * hops(self.group))
+
+
+def collectives(job: Job, imbalance: float = 1.0) -> list[Collective]:
+    """All collectives of one update that involve more than one rank, those of experts first.
+
+    `imbalance`: routed rows of the busiest expert-parallel rank over its even share.
+    """
+    found = [*_experts(job, imbalance), *_context(job), *_zero(job), *_small(job)]
+    return [item for item in found if item.group.size > 1 and item.calls]
+
+
+def attention_strategies(job: Job) -> dict[str, int]:
+    """Bytes a rank sends for the attention experts of one layer and micro batch, forward and backward, by strategy.
+
+    move_tokens: rows go to their expert and back for the query projection (N K (D + A) values) and again for the output
+    projection, and their gradients take the same ways. gather_weights: every rank gets the weights of all experts
+    (2 E D A values) before either pass, and sends the gradients of the others' experts once.
+    """
+    model, b = job.model, job.value_bytes
+    away = (job.ep - 1) / job.ep
+    rows = job.tokens * model.k_att * away
+    passes = 3 if job.config.train.activation_checkpointing == "full" else 2
+    weights = 2 * model.n_att_experts * model.n_embd * model.att_hidden * away
+    return {
+        "move_tokens": int(passes * rows * 2 * (model.n_embd + model.att_hidden) * b),
+        "gather_weights": int((passes + 1) * weights * b),
+    }
+
+
+def attention_strategy(job: Job) -> str:
+    """The strategy for attention experts that the run takes: the named one, or the one with fewer bytes."""
+    if job.attention_experts != "auto":
+        return job.attention_experts
+    both = attention_strategies(job)
+    return min(both, key=both.__getitem__)
+
+
+def _experts(job: Job, imbalance: float) -> Iterator[Collective]:
+    """Rows to their experts and back, layer by layer; split sizes once a routing decision."""
+    if not job.sparse or job.ep == 1:
+        return
+    model, b, group = job.model, job.value_bytes, job.expert_group
+    layers = model.n_layer * job.accumulation
+    forward = 2 if job.config.train.activation_checkpointing == "full" else 1
+    extra = 1 if _sums_apart(job) else 0
+    away = (job.ep - 1) / job.ep
+
+    def rows(name: str, top_k: int, width: int, calls: int) -> Collective:
+        sent = job.tokens * top_k * width * b * away
+        return Collective(name, "all_to_all", group, calls * layers, sent, sent * imbalance)
+
+    passes = forward + extra + 1
+    decisions = 1
+    if attention_strategy(job) == "move_tokens":
+        decisions = 2
+        yield rows("attention experts: rows of width n_embd", model.k_att, model.n_embd, 2 * passes)
+        yield rows("attention experts: rows of width att_hidden", model.k_att, model.att_hidden, 2 * passes)
+    else:
+        sent = 2 * model.n_att_experts * model.n_embd * model.att_hidden * b * away
+        gathers = layers * passes
+        yield Collective("attention experts: weights", "all_gather", group, gathers, sent, sent)
+        yield Collective("attention experts: gradients of weights", "reduce_scatter", group, layers, sent, sent)
+    yield rows("MLP experts: rows", model.k_mlp, model.n_embd, 2 * passes)
+    sizes = 8 * max(model.n_att_experts, model.n_mlp_experts) * away
+    yield Collective("split sizes", "all_to_all", group, decisions * layers * (forward + extra), sizes, sizes)
+
+
+def _context(job: Job) -> Iterator[Collective]:
+    """Keys and values of the whole sequence for every attention layer, and the sums of their gradients back."""
+    if job.context == 1:
+        return
+    model, group = job.model, job.context_group
+    width = model.n_embd if model.shares_kv else 2 * model.att_hidden
+    sent = (job.context - 1) * job.tokens * width * job.value_bytes
+    layers = model.n_layer * job.accumulation
+    forward = 2 if job.config.train.activation_checkpointing == "full" else 1
+    yield Collective("context: keys and values", "all_gather", group, layers * forward, sent, sent)
+    yield Collective("context: their gradients", "reduce_scatter", group, layers, sent, sent)
+
+
+def _zero(job: Job) -> Iterator[Collective]:
+    """Gradients summed and weights spread, shared parameters over all ranks and experts over their replicas.
+
+    DeepSpeed's stages 1 and 2 sum whole buckets by all-reduce and keep their shard of the result; stage 2 does so after
+    every micro batch, stage 1 (without overlap_comm) and 0 after the last.
+    """
+    engine, b = job.engine, job.value_bytes
+    parts = [("shared", job.shared, job.world, SHARED_GROUPS), ("experts", job.local_experts, job.replica_group, 1)]
+    for name, count, group, groups in parts:
+        share = count * (group.size - 1) / group.size if count else 0
+        if not share:
+            continue
+        buckets = max(1, -(-count // engine.bucket))
+        if engine.stage == 3:
+            times = job.accumulation
+            passes = 3 if job.config.train.activation_checkpointing == "full" else 2
+            fetches = job.model.n_layer * times * passes
+            sent = share * b * times * passes / fetches
+            yield Collective(f"ZeRO: weights, {name}", "all_gather", group, fetches, sent, sent, engine.overlap)
+            sent = share * engine.wire_bytes / buckets
+            calls = buckets * times
+            yield Collective(f"ZeRO: gradients, {name}", "reduce_scatter", group, calls, sent, sent, engine.overlap)
+            continue
+        times = job.accumulation if engine.stage == 2 else 1
+        sent = 2 * share * engine.wire_bytes / buckets
+        yield Collective(f"gradients, {name}", "all_reduce", group, buckets * times, sent, sent, engine.overlap)
+        if engine.stage:
+            sent = share * b / groups
+            yield Collective(f"ZeRO: weights, {name}", "all_gather", group, groups, sent, sent)
+
+
+def _small(job: Job) -> Iterator[Collective]:
+    """Sums of a few numbers: labels and stop, losses, gradient norms, router statistics."""
+    share = 2 * (job.num_ranks - 1) / job.num_ranks
+    norms = (2 + SHARED_GROUPS) if job.engine.stage else 0
+    yield Collective("counts, losses and norms", "all_reduce", job.world, 2 + norms, 16 * share, 16 * share)
+    if not job.sparse:
+        return
+    routers = 2 * job.model.n_layer
+    sums = 4 * (routers * (2 * max(job.model.n_att_experts, job.model.n_mlp_experts) + 2) + 1) * share
+    calls = job.accumulation if job.config.losses.scope == "micro_batch" else 1
+    yield Collective("router statistics", "all_reduce", job.world, calls, sums, sums)
+
+
+def _sums_apart(job: Job) -> bool:
+    """Whether router statistics of the global batch cost a forward pass of their own."""
+    return job.sparse and job.config.losses.scope == "global_batch" and job.accumulation > 1
