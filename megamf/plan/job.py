@@ -4,9 +4,10 @@ Letters as in `megamf.plan.flops`; besides `N` tokens of one micro batch on one 
 ranks, `X` ranks that share one sequence.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from megamf.config import ConfigError, ModelConfig, RunConfig
+from megamf.parallel.traffic import Strategy, attention_strategy
 from megamf.parallel.zero import deepspeed_config
 from megamf.plan.cluster import Group
 from megamf.plan.flops import ParameterCounts, count_parameters
@@ -43,32 +44,28 @@ class Job:
     ep: int
     context: int
     accumulation: int
-    attention_experts: str
+    attention_experts: Strategy
 
     @classmethod
     def of(cls, config: RunConfig, num_ranks: int) -> "Job":
         """Raises ConfigError where the configuration cannot be laid out on `num_ranks` ranks."""
+        parallel, seq_len = config.parallel, config.train.seq_len
         try:
-            config.parallel.check(num_ranks, config.model)
+            parallel.check(num_ranks, config.model)
+            accumulation = config.accumulation_steps(num_ranks)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        context = getattr(config.parallel, "context", 1)
-        ways = num_ranks // context
-        per_round = config.train.micro_batch * ways
-        if config.train.global_batch % per_round:
-            raise ConfigError(
-                f"train.global_batch={config.train.global_batch} is not divisible by train.micro_batch="
-                f"{config.train.micro_batch} x {ways} data-parallel ranks = {per_round}"
-            )
+        if parallel.context > 1 and seq_len % (2 * parallel.context):
+            raise ConfigError(f"train.seq_len={seq_len} is not divisible by 2 x parallel.context={parallel.context}")
         return cls(
             config,
             count_parameters(config.model),
             engine_of(config, num_ranks),
             num_ranks,
-            config.parallel.ep,
-            context,
-            config.train.global_batch // per_round,
-            getattr(config.parallel, "attention_experts", "move_tokens"),
+            parallel.ep,
+            parallel.context,
+            accumulation,
+            attention_strategy(config, num_ranks),
         )
 
     @property
@@ -89,6 +86,16 @@ class Job:
     def tokens(self) -> int:
         """N: tokens of one micro batch on one rank."""
         return self.config.train.micro_batch * self.config.train.seq_len // self.context
+
+    @property
+    def moves_tokens(self) -> bool:
+        """Whether rows travel to attention experts."""
+        return self.sparse and self.ep > 1 and self.attention_experts == "move_tokens"
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the router statistics of the global batch cost a forward pass of their own."""
+        return self.sparse and self.config.losses.scope == "global_batch" and self.accumulation > 1
 
     @property
     def tokens_a_step(self) -> int:
@@ -133,10 +140,6 @@ class Job:
     def shard_experts(self) -> int:
         """Expert parameters whose optimizer state this rank keeps."""
         return self.local_experts if self.engine.stage == 0 else -(-self.local_experts // self.replica_group.size)
-
-    def with_attention_experts(self, strategy: str) -> "Job":
-        """The same with another strategy for attention experts."""
-        return replace(self, attention_experts=strategy)
 
 
 def engine_of(config: RunConfig, num_ranks: int) -> Engine:

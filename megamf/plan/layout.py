@@ -32,9 +32,8 @@ def search(config: RunConfig, cluster: Cluster) -> list[Prediction]:
 def candidates(config: RunConfig, cluster: Cluster) -> Iterator[RunConfig]:
     """Every layout worth a look, the impossible ones included."""
     ranks = cluster.num_ranks
-    has_context = hasattr(config.parallel, "context")
     for ep in divisors(ranks) if config.model.kind != "dense" else [1]:
-        for context in divisors(cluster.gpus_per_node) if has_context else [1]:
+        for context in divisors(cluster.gpus_per_node):
             share = config.train.global_batch * context // ranks
             for micro_batch in (size for size in divisors(share) if size <= LARGEST_MICRO_BATCH):
                 for name in engines(config):
@@ -59,7 +58,7 @@ def vary(
     activation_checkpointing: str | None = None,
 ) -> RunConfig:
     """A copy with some parts of the layout changed."""
-    parallel = {"ep": ep, "context": context if hasattr(config.parallel, "context") else None}
+    parallel = {"ep": ep, "context": context, "attention_experts": "auto" if ep == 1 else None}
     train = {"micro_batch": micro_batch, "activation_checkpointing": activation_checkpointing}
     return config.model_copy(
         update={

@@ -6,12 +6,13 @@ import torch
 
 from megamf.config import RunConfig
 from megamf.hf.layout import public_entries, public_shapes
+from megamf.parallel.traffic import attention_expert_bytes
 from megamf.plan.cluster import Cluster
 from megamf.plan.flops import count_parameters, train_flops_per_token
 from megamf.plan.job import Job
 from megamf.plan.memory import RankMemory, rank_memory
 from megamf.plan.steptime import DAY, StepTime, days, step_mfu, step_time
-from megamf.plan.traffic import Collective, attention_strategies, attention_strategy, collectives
+from megamf.plan.traffic import Collective, collectives
 
 # What the released models were trained on.
 PUBLISHED_TOKENS = 300_000_000_000
@@ -63,6 +64,14 @@ class Prediction:
         return days(PUBLISHED_TOKENS, self.job, self.time.total)
 
     @property
+    def attention_bytes(self) -> dict[str, int]:
+        """Bytes a rank would send in one step for attention experts, by strategy; empty where they do not travel."""
+        if not self.job.sparse or self.job.ep == 1:
+            return {}
+        both = attention_expert_bytes(self.job.config, self.job.num_ranks)
+        return {"move_tokens": both.tokens, "gather_weights": both.weights}
+
+    @property
     def overrides(self) -> str:
         """The layout in the words of the command line."""
         config = self.job.config
@@ -99,7 +108,7 @@ class Prediction:
             "fits": self.fits,
             "bytes_per_rank": dict(self.memory.rows()),
             "usable_bytes_per_rank": self.cluster.usable_memory,
-            "attention_experts_bytes": attention_strategies(job) if job.sparse and job.ep > 1 else None,
+            "attention_experts_bytes": self.attention_bytes,
             "collectives": [
                 {
                     "name": item.name,
@@ -129,8 +138,6 @@ class Prediction:
 def predict(config: RunConfig, cluster: Cluster) -> Prediction:
     """Raises ConfigError where `config` cannot be laid out on the ranks of `cluster`."""
     job = Job.of(config, cluster.num_ranks)
-    if job.sparse and job.ep > 1:
-        job = job.with_attention_experts(attention_strategy(job))
     imbalance = cluster.imbalance if job.ep > 1 else 1.0
     traffic = collectives(job, imbalance)
     return Prediction(

@@ -39,10 +39,9 @@ def show(console: Console, common: dict, found: Prediction) -> None:
     console.print(f"layout           {found.overrides}, {found.job.accumulation} micro batches a step")
     console.print(_memory(found))
     console.print(_traffic(found))
-    if found.job.sparse and found.job.ep > 1:
-        both = found.tree()["attention_experts_bytes"]
-        counts = ", ".join(f"{name} {size / GB:.3f} GB" for name, size in both.items())
-        console.print(f"attention experts, one layer and micro batch: {counts}; here {found.job.attention_experts}")
+    if found.attention_bytes:
+        counts = ", ".join(f"{name} {size / GB:.3f} GB" for name, size in found.attention_bytes.items())
+        console.print(f"attention experts, a step: {counts}; this run: {found.job.attention_experts}")
     console.print(_time(found))
     for name, value in results(found):
         console.print(f"{name:<17}{value}")

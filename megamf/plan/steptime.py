@@ -10,7 +10,7 @@ from megamf.plan.cluster import Cluster
 from megamf.plan.flops import mfu, train_flops_per_token
 from megamf.plan.job import Job
 from megamf.plan.memory import layer_activations
-from megamf.plan.traffic import Collective, _sums_apart, collectives
+from megamf.plan.traffic import Collective, collectives
 
 # A saved activation is written and read in the forward pass, read again and met by a gradient in the backward pass.
 PASSES_OVER_ACTIVATIONS = 6
@@ -63,13 +63,13 @@ def hardware_flops(job: Job, imbalance: float = 1.0) -> float:
     forward = forward_flops(job)
     if job.ep > 1:
         forward["mlp"] *= imbalance
-        if job.attention_experts == "move_tokens":
+        if job.moves_tokens:
             forward["projections"] *= imbalance
     blocks = sum(forward.values()) - forward["head"]
     again = {"none": 0.0, "experts": forward["mlp"], "full": blocks}[job.config.train.activation_checkpointing]
     if job.tokens > job.config.train.loss_chunk:
         again += forward["head"]
-    if _sums_apart(job):
+    if job.looks_ahead:
         again += blocks
     return job.accumulation * (3 * sum(forward.values()) + again)
 

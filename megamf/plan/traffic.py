@@ -53,32 +53,6 @@ def collectives(job: Job, imbalance: float = 1.0) -> list[Collective]:
     return [item for item in found if item.group.size > 1 and item.calls]
 
 
-def attention_strategies(job: Job) -> dict[str, int]:
-    """Bytes a rank sends for the attention experts of one layer and micro batch, forward and backward, by strategy.
-
-    move_tokens: rows go to their expert and back for the query projection (N K (D + A) values) and again for the output
-    projection, and their gradients take the same ways. gather_weights: every rank gets the weights of all experts
-    (2 E D A values) before either pass, and sends the gradients of the others' experts once.
-    """
-    model, b = job.model, job.value_bytes
-    away = (job.ep - 1) / job.ep
-    rows = job.tokens * model.k_att * away
-    passes = 3 if job.config.train.activation_checkpointing == "full" else 2
-    weights = 2 * model.n_att_experts * model.n_embd * model.att_hidden * away
-    return {
-        "move_tokens": int(passes * rows * 2 * (model.n_embd + model.att_hidden) * b),
-        "gather_weights": int((passes + 1) * weights * b),
-    }
-
-
-def attention_strategy(job: Job) -> str:
-    """The strategy for attention experts that the run takes: the named one, or the one with fewer bytes."""
-    if job.attention_experts != "auto":
-        return job.attention_experts
-    both = attention_strategies(job)
-    return min(both, key=both.__getitem__)
-
-
 def _experts(job: Job, imbalance: float) -> Iterator[Collective]:
     """Rows to their experts and back, layer by layer; split sizes once a routing decision."""
     if not job.sparse or job.ep == 1:
@@ -86,40 +60,40 @@ def _experts(job: Job, imbalance: float) -> Iterator[Collective]:
     model, b, group = job.model, job.value_bytes, job.expert_group
     layers = model.n_layer * job.accumulation
     forward = 2 if job.config.train.activation_checkpointing == "full" else 1
-    extra = 1 if _sums_apart(job) else 0
+    ahead = int(job.looks_ahead)
     away = (job.ep - 1) / job.ep
 
-    def rows(name: str, top_k: int, width: int, calls: int) -> Collective:
+    def rows(name: str, top_k: int, width: int) -> Collective:
         sent = job.tokens * top_k * width * b * away
-        return Collective(name, "all_to_all", group, calls * layers, sent, sent * imbalance)
+        return Collective(name, "all_to_all", group, 2 * (forward + ahead + 1) * layers, sent, sent * imbalance)
 
-    passes = forward + extra + 1
-    decisions = 1
-    if attention_strategy(job) == "move_tokens":
-        decisions = 2
-        yield rows("attention experts: rows of width n_embd", model.k_att, model.n_embd, 2 * passes)
-        yield rows("attention experts: rows of width att_hidden", model.k_att, model.att_hidden, 2 * passes)
+    if job.moves_tokens:
+        yield rows("attention experts: rows of width n_embd", model.k_att, model.n_embd)
+        yield rows("attention experts: rows of width att_hidden", model.k_att, model.att_hidden)
     else:
-        sent = 2 * model.n_att_experts * model.n_embd * model.att_hidden * b * away
-        gathers = layers * passes
-        yield Collective("attention experts: weights", "all_gather", group, gathers, sent, sent)
-        yield Collective("attention experts: gradients of weights", "reduce_scatter", group, layers, sent, sent)
-    yield rows("MLP experts: rows", model.k_mlp, model.n_embd, 2 * passes)
-    sizes = 8 * max(model.n_att_experts, model.n_mlp_experts) * away
-    yield Collective("split sizes", "all_to_all", group, decisions * layers * (forward + extra), sizes, sizes)
+        # Two matrices; gathered for the forward and the backward pass (where blocks are recomputed, for both at once).
+        values = model.n_att_experts * model.n_embd * model.att_hidden * away
+        gathers = 2 * layers * (2 + ahead)
+        yield Collective("attention experts: weights", "all_gather", group, gathers, values * b, values * b)
+        yield Collective("attention experts: gradients", "reduce_scatter", group, 2 * layers, values * 4, values * 4)
+    yield rows("MLP experts: rows", model.k_mlp, model.n_embd)
+    sizes = 8 * max(model.n_att_experts if job.moves_tokens else 0, model.n_mlp_experts) * away
+    decisions = 2 if job.moves_tokens else 1
+    yield Collective("split sizes", "all_to_all", group, decisions * layers * (forward + ahead), sizes, sizes)
 
 
 def _context(job: Job) -> Iterator[Collective]:
-    """Keys and values of the whole sequence for every attention layer, and the sums of their gradients back."""
+    """Keys and values of the whole sequence for every attention layer; the sums of their gradients, in fp32, back."""
     if job.context == 1:
         return
     model, group = job.model, job.context_group
     width = model.n_embd if model.shares_kv else 2 * model.att_hidden
-    sent = (job.context - 1) * job.tokens * width * job.value_bytes
+    values = (job.context - 1) * job.tokens * width
+    sent, back = values * job.value_bytes, values * 4
     layers = model.n_layer * job.accumulation
-    forward = 2 if job.config.train.activation_checkpointing == "full" else 1
+    forward = (2 if job.config.train.activation_checkpointing == "full" else 1) + job.looks_ahead
     yield Collective("context: keys and values", "all_gather", group, layers * forward, sent, sent)
-    yield Collective("context: their gradients", "reduce_scatter", group, layers, sent, sent)
+    yield Collective("context: their gradients", "reduce_scatter", group, layers, back, back)
 
 
 def _zero(job: Job) -> Iterator[Collective]:
@@ -164,8 +138,3 @@ def _small(job: Job) -> Iterator[Collective]:
     sums = 4 * (routers * (2 * max(job.model.n_att_experts, job.model.n_mlp_experts) + 2) + 1) * share
     calls = job.accumulation if job.config.losses.scope == "micro_batch" else 1
     yield Collective("router statistics", "all_reduce", job.world, calls, sums, sums)
-
-
-def _sums_apart(job: Job) -> bool:
-    """Whether router statistics of the global batch cost a forward pass of their own."""
-    return job.sparse and job.config.losses.scope == "global_batch" and job.accumulation > 1

@@ -3,15 +3,17 @@
 import pytest
 
 from megamf.config import load_config
+from megamf.parallel.traffic import attention_expert_bytes
 from megamf.plan.job import Job
-from megamf.plan.traffic import attention_strategies, attention_strategy, collectives
+from megamf.plan.traffic import collectives
 
 # 2 layers, width 8, attention width 8 (K = V), hidden 16, 4 attention and 8 MLP experts, top 2, rows of 32.
 MODEL = [
     "model.vocab_size=16", "model.n_layer=2", "model.n_embd=8", "model.att_hidden=8", "model.ffd_hidden=16",
     "model.n_att_experts=4", "model.n_mlp_experts=8", "model.gating_size=4", "train.seq_len=32",
-    "train.micro_batch=2", "train.global_batch=16", "losses.scope=micro_batch",
+    "train.micro_batch=2", "train.global_batch=16", "losses.scope=micro_batch", "parallel.attention_experts=auto",
 ]  # fmt: skip
+MOVED = ["parallel.ep=4", "parallel.attention_experts=move_tokens"]
 TOKENS = 64  # of one micro batch
 EXPERTS = 2 * (4 * 2 * 8 * 8 + 8 * 2 * 8 * 16)
 
@@ -29,7 +31,7 @@ def test_one_rank_talks_to_nobody():
 
 
 def test_rows_travel_to_their_experts_and_back_once_a_direction():
-    found = sizes(collectives(job(4, "parallel.ep=4")))
+    found = sizes(collectives(job(4, *MOVED)))
     # 2 micro batches x 2 layers; half of 3/4 of 64 tokens x 2 copies x 8 values x 4 bytes ...
     row = TOKENS * 2 * 8 * 4 * 3 / 4
     # ... forward and backward: MLP out and back; attention twice, once to the queries, once to the outputs.
@@ -41,12 +43,11 @@ def test_rows_travel_to_their_experts_and_back_once_a_direction():
 
 def test_recomputing_everything_repeats_the_forward_exchanges():
     plain, again = (
-        sizes(collectives(job(4, "parallel.ep=4", f"train.activation_checkpointing={mode}")))
-        for mode in ("none", "full")
+        sizes(collectives(job(4, *MOVED, f"train.activation_checkpointing={mode}"))) for mode in ("none", "full")
     )
     name = "MLP experts: rows"
     assert again[name][0] == plain[name][0] * 3 / 2
-    experts = sizes(collectives(job(4, "parallel.ep=4", "train.activation_checkpointing=experts")))
+    experts = sizes(collectives(job(4, *MOVED, "train.activation_checkpointing=experts")))
     assert experts == plain
 
 
@@ -81,20 +82,22 @@ def test_low_precision_sums_in_four_bytes_and_spreads_in_two():
     assert calls * sent == 2 * shared * 3 / 4
 
 
-def test_moving_tokens_against_gathering_weights():
-    laid_out = job(4, "parallel.ep=4")
-    found = attention_strategies(laid_out)
-    # Rows: 64 tokens x 2 copies x (8 + 8) values, to the query and to the output projection, forward and backward.
-    assert found["move_tokens"] == 2 * 2 * TOKENS * 2 * (8 + 8) * 4 * 3 / 4
-    # Weights: 4 experts x 2 matrices of 8 x 8, gathered for both passes, and their gradients sent.
-    assert found["gather_weights"] == 3 * 4 * 2 * 8 * 8 * 4 * 3 / 4
-    assert attention_strategy(laid_out.with_attention_experts("auto")) == "gather_weights"
-    moved = [i for i in collectives(laid_out) if i.name.startswith("attention experts")]
-    layers_and_micro_batches = 2 * 2
-    assert sum(item.bytes for item in moved) == pytest.approx(layers_and_micro_batches * found["move_tokens"])
-    gathered = collectives(laid_out.with_attention_experts("gather_weights"))
-    gathered = [i for i in gathered if i.name.startswith("attention experts")]
-    assert sum(item.bytes for item in gathered) == pytest.approx(layers_and_micro_batches * found["gather_weights"])
+@pytest.mark.parametrize("strategy", ["move_tokens", "gather_weights"])
+@pytest.mark.parametrize("mode", ["none", "full"])
+@pytest.mark.parametrize("scope", ["micro_batch", "global_batch"])
+def test_attention_experts_move_what_the_run_counts_on(strategy, mode, scope):
+    laid_out = job(4, "parallel.ep=4", f"parallel.attention_experts={strategy}", f"losses.scope={scope}",
+                   f"train.activation_checkpointing={mode}")  # fmt: skip
+    moved = [item for item in collectives(laid_out) if item.name.startswith("attention experts")]
+    both = attention_expert_bytes(laid_out.config, 4)
+    assert sum(item.bytes for item in moved) == (both.tokens if strategy == "move_tokens" else both.weights)
+
+
+def test_a_split_sequence_gathers_keys_and_adds_their_gradients_in_full_precision():
+    found = sizes(collectives(job(4, "parallel.context=2", "train.precision=bf16")))
+    # 4 micro batches (2 data ranks) x 2 layers; half of 64 tokens from the other rank, K = V of 8 values.
+    assert found["context: keys and values"] == (8, 32 * 8 * 2, 2)
+    assert found["context: their gradients"] == (8, 32 * 8 * 4, 2)
 
 
 def test_a_dense_model_has_no_exchange():
