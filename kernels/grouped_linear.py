@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from megamf.kernels.launch import launch
+
 # Row tiles that share a column of tiles before the next column begins: they find the weights in the L2 cache.
 GROUP = 8
 
@@ -230,13 +232,14 @@ def rows_times_experts(
     if num_rows:
         # Every expert with rows has at most one tile that is not full.
         row_tiles = num_rows // tiling.m + min(L, num_rows)
-        _rows_kernel[(row_tiles * col_tiles,)](
+        launch(
+            _rows_kernel, (row_tiles * col_tiles,),
             x, w_LDF, y, order_R, count_L, gate_R, match, partial, row_tiles, *w_LDF.stride(),
             L=L, D=D, F=F, IN_FAN=in_fan, OUT_FAN=out_fan, MATCH_FAN=match_fan,
             HAS_GATE=gate_R is not None, HAS_MATCH=match is not None,
             BLOCK_M=tiling.m, BLOCK_N=tiling.n, BLOCK_K=tiling.k, BLOCK_L=triton.next_power_of_2(L), GROUP_M=GROUP,
             PRECISION=precision(x.dtype), UPCAST=triton.knobs.runtime.interpret,
-            num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+            options={"num_warps": tiling.num_warps, "num_stages": tiling.num_stages},
         )  # fmt: skip
     return y, None if partial is None else partial.sum(1)
 
@@ -256,12 +259,13 @@ def rows_to_weights(
     dw = x.new_empty(L, D, F)
     tiling = weights_tiling(x.dtype, D, F)
     if dw.numel():
-        _weights_kernel[(triton.cdiv(D, tiling.m) * triton.cdiv(F, tiling.n), L)](
+        launch(
+            _weights_kernel, (triton.cdiv(D, tiling.m) * triton.cdiv(F, tiling.n), L),
             x, g, dw, order_R, count_L, gate_R,
             L=L, D=D, F=F, X_FAN=x_fan, G_FAN=g_fan, HAS_GATE=gate_R is not None,
             BLOCK_R=tiling.k, BLOCK_D=tiling.m, BLOCK_F=tiling.n, BLOCK_L=triton.next_power_of_2(L),
             PRECISION=precision(x.dtype), UPCAST=triton.knobs.runtime.interpret,
-            num_warps=tiling.num_warps, num_stages=tiling.num_stages,
+            options={"num_warps": tiling.num_warps, "num_stages": tiling.num_stages},
         )  # fmt: skip
     return dw
 

@@ -10,8 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
+from megamf.kernels.launch import launch
+
 # Tokens a program. The block of logits [tokens, experts] and the running product live in registers.
 TOKENS = 64
+OPTIONS = {"num_warps": 4}
 # Below every logit that is a number: what a NaN logit counts as when experts are ranked, so that an expert is chosen.
 LOWEST = tl.constexpr(-3.0e38)
 
@@ -173,10 +176,11 @@ def route_forward(h_NG: torch.Tensor, a_EG: torch.Tensor, top_k: int) -> tuple[t
     logits_NE, lse_N = empty(N, E), empty(N)
     sums = prob_PE, entropy_P, lse2_P, count_PE = empty(P, E), empty(P), empty(P), empty(P, E)
     if N:
-        _forward_kernel[(P,)](
+        launch(
+            _forward_kernel, (P,),
             h_NG, a_EG, expert_NK, gate_NK, logits_NE, lse_N, prob_PE, entropy_P, lse2_P, count_PE, N,
             G=G, E=E, K=top_k, **_blocks(G, E), PRECISION=precision(h_NG.dtype),
-            UPCAST=triton.knobs.runtime.interpret, num_warps=4,
+            UPCAST=triton.knobs.runtime.interpret, options=OPTIONS,
         )  # fmt: skip
     return expert_NK, gate_NK, *(part.sum(0) for part in sums), logits_NE, lse_N
 
@@ -203,13 +207,15 @@ def route_backward(
     # A gradient of the logits rounded to ten bits would be worse than the specification's: three products of halves.
     exact = "ieee" if h_NG.dtype == torch.float32 else "tf32x3"
     if N:
-        _logits_kernel[(triton.cdiv(N, TOKENS),)](
+        launch(
+            _logits_kernel, (triton.cdiv(N, TOKENS),),
             logits_NE, lse_N, expert_NK, grad_gate_NK, grad_prob_E, grad_entropy, grad_lse2, a_EG,
-            grad_logits_NE, grad_h_NG, N, G=G, E=E, K=expert_NK.shape[1], **blocks, PRECISION=exact, num_warps=4,
+            grad_logits_NE, grad_h_NG, N, G=G, E=E, K=expert_NK.shape[1], **blocks, PRECISION=exact, options=OPTIONS,
         )  # fmt: skip
-    _matrix_kernel[(triton.cdiv(G, blocks["BLOCK_G"]), parts)](
-        grad_logits_NE, h_NG, grad_a_PEG, N, triton.cdiv(N, parts), G=G, E=E, **blocks, PRECISION=exact, num_warps=4
-    )
+    launch(
+        _matrix_kernel, (triton.cdiv(G, blocks["BLOCK_G"]), parts), grad_logits_NE, h_NG, grad_a_PEG, N,
+        triton.cdiv(N, parts), G=G, E=E, **blocks, PRECISION=exact, options=OPTIONS,
+    )  # fmt: skip
     return grad_h_NG, grad_a_PEG.sum(0).to(a_EG.dtype)
 
 

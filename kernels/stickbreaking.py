@@ -11,12 +11,13 @@ Shapes as in stickbreaking_block.py.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 
+from megamf.kernels.launch import Launch
 from megamf.kernels.stickbreaking_backward import attention_backward_keys, attention_backward_queries
 from megamf.kernels.stickbreaking_decode import decode_combine, decode_split
 from megamf.kernels.stickbreaking_forward import attention_forward
@@ -73,20 +74,6 @@ def rule(C: int, dtype: torch.dtype, capability: int = 90) -> Rule:
     if C <= 128:
         return Rule(Tiles(64, 64, 8, 2, 4), Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(16, 64, 4, 2))
     return Rule(Tiles(64, 32, 8, 2, 8), small, small, Tiles(16, 32, 4, 2))
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel with all its arguments."""
-
-    kernel: Any
-    grid: tuple[int, int]
-    arguments: dict[str, Any]
-    options: dict[str, int] = field(default_factory=dict)
-
-    def run(self) -> None:
-        if 0 not in self.grid:
-            self.kernel[self.grid](**self.arguments, **self.options)
 
 
 @dataclass(frozen=True)

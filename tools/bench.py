@@ -1,4 +1,4 @@
-"""Measures this installation: attention, expert operations, memory and training throughput, on the CPU or a GPU."""
+"""Measures this installation on the CPU or a GPU: operations, training; compiles the GPU kernels without a GPU."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ from megamf.bench.readme import committed, update
 from megamf.cli import run
 from megamf.errors import UserError
 
-SUITES = ("cpu", "gpu")
+SUITES = ("cpu", "gpu", "compile")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,14 +69,29 @@ def _show(result: Result) -> None:
     table = Table(title=f"suite {result.suite}, {result.date} UTC")
     for name in ("figure", "value", "limit", "kept", "what"):
         table.add_column(name, justify="right" if name == "value" else "left")
+    if result.rows:
+        console.print(_rows(result))
     for figure in result.figures:
         bounds = [
-            f"<= {figure.at_most:g}" if figure.at_most else "",
-            f">= {figure.at_least:g}" if figure.at_least else "",
+            f"<= {figure.at_most:g}" if figure.at_most is not None else "",
+            f">= {figure.at_least:g}" if figure.at_least is not None else "",
         ]
         kept = {None: "", True: "yes", False: "NO"}[figure.kept]
-        table.add_row(figure.name, f"{figure.value:.4g}", "".join(bounds), kept, figure.meaning)
+        value = "not measured" if figure.value is None else f"{figure.value:.4g}"
+        table.add_row(figure.name, value, "".join(bounds), kept, figure.meaning)
     console.print(table)
+
+
+def _rows(result: Result) -> Table:
+    """The details of a suite that has any; the columns are all the names that its rows know."""
+    names = list(dict.fromkeys(name for row in result.rows for name in row))
+    table = Table(title=f"suite {result.suite}, in detail")
+    for name in names:
+        numeric = all(isinstance(row.get(name, 0), int | float) for row in result.rows)
+        table.add_column(name, justify="right" if numeric else "left")
+    for row in result.rows:
+        table.add_row(*(str(row.get(name, "")) for name in names))
+    return table
 
 
 if __name__ == "__main__":

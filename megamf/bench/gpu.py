@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megamf.bench import sonicmoe
 from megamf.bench.device import device_seconds, gpu_machine
 from megamf.bench.sticks import sticks
 from megamf.bench.suite import Figure, Result, interleaved, wall_seconds
@@ -21,14 +22,15 @@ from megamf.bench.training import every_key, training_step
 from megamf.config import ModelConfig, load_config
 from megamf.errors import UserError
 from megamf.model.backends import Backends
-from megamf.model.dispatch import LocalDispatcher
+from megamf.model.dispatch import Dispatcher, LocalDispatcher, Plan
 from megamf.model.mlp import ExpertMlp
 from megamf.ops.backend import package_problem
-from megamf.ops.permutation import permute, sort_by_expert, unpermute
+from megamf.ops.permutation import naive, permute, sort_by_expert, unpermute
 from megamf.ops.stickbreaking import stickbreaking_attention
 from megamf.plan import count_parameters, peak_flops, train_flops_per_token
 
 PRESET = "molm-350m-4b"
+LOCAL = LocalDispatcher()
 BYTES_PER_PARAMETER = 2 + 2 + 4 + 4 + 8  # weights, gradients, both again in float32, Adam's moments
 
 
@@ -182,45 +184,73 @@ def expert_layer(
     names: tuple[str, ...] = ("auto", "torch", "triton", "megablocks"),
 ) -> list[Figure]:
     """The whole sparse feed-forward layer, router included, by every back end that is installed, against a dense one
-    of the same FLOPs and against the same layer on torch's grouped GEMM."""
+    of the same FLOPs, against plain torch around its grouped GEMM, and against SonicMoE."""
     D, hidden, K = config.n_embd, config.ffd_hidden, config.k_mlp
     x_BTD, grad_BTD = place.randn(B, T, D, grad=True), place.randn(B, T, D)
     w1, w2 = place.randn(D, K * hidden, grad=True), place.randn(K * hidden, D, grad=True)
-    cases: dict[str, Callable[[], object]] = {
-        "dense": lambda: torch.autograd.grad(F.gelu(x_BTD @ w1, approximate="tanh") @ w2, (x_BTD, w1, w2), grad_BTD)
-    }
-    for name in names:
-        if not package_problem(name):
-            layer = make_layer(place, config, name)
-            cases[name] = partial(both_ways, layer, x_BTD, grad_BTD)
-    median = place.medians(cases, tick)
-    ours = min(seconds for name, seconds in median.items() if name != "dense")
     size = f"{B * T} tokens, {config.n_mlp_experts} experts {D}-{hidden}-{D}, top-{K}"
-    meaning = {name: f"expert layer with its router, experts.backend {name}, {size}" for name in cases}
-    meaning["dense"] = f"a dense layer of the same FLOPs, {size}"
-    figures = [Figure(f"expert_layer_{name}_ms", 1e3 * median[name], meaning[name]) for name in cases]
+    cases: dict[str, Callable[[], object]] = {
+        "dense": lambda: torch.autograd.grad(F.gelu(x_BTD @ w1, approximate="tanh") @ w2, (x_BTD, w1, w2), grad_BTD),
+        "grouped_gemm": partial(both_ways, make_layer(place, config, "torch", PlainDispatcher()), x_BTD, grad_BTD),
+    }
+    meaning = {
+        "dense": f"a dense layer of the same FLOPs, {size}",
+        "grouped_gemm": f"torch's argsort and indexing around torch's grouped GEMM, {size}",
+    }
+    missing: dict[str, str] = {}
+    for name in names:
+        meaning[name] = f"expert layer with its router, experts.backend {name}, {size}"
+        missing[name] = package_problem(name)
+        if not missing[name]:
+            cases[name] = partial(both_ways, make_layer(place, config, name), x_BTD, grad_BTD)
+    meaning["sonicmoe"] = f"the layer of the package sonic-moe, {sonicmoe.WIDTH_RULE}, {size}"
+    sonic, missing["sonicmoe"] = sonicmoe.layer(config, place.device, place.dtype, x_BTD)
+    if sonic is not None:
+        cases["sonicmoe"] = partial(both_ways, sonic, x_BTD, grad_BTD)
+    median = place.medians(cases, tick)
+    ours = min(median[name] for name in ("auto", "torch", "triton") if name in median)
+    figures = [
+        Figure(f"expert_layer_{name}_ms", 1e3 * median[name], meaning[name])
+        if name in median
+        else Figure(f"expert_layer_{name}_ms", None, f"{meaning[name]}: {missing[name]}")
+        for name in meaning
+    ]
     return [
         *figures,
-        Figure("experts_vs_dense", median["dense"] / ours, "the fastest of them over the dense layer", at_least=0.7),
+        Figure("experts_vs_dense", median["dense"] / ours, "our fastest over the dense layer", at_least=0.7),
         Figure(
             "experts_vs_grouped_gemm",
-            median["torch"] / median["auto"],
-            "throughput of the automatic choice over permutation and torch's grouped GEMM",
+            median["grouped_gemm"] / median["auto"],
+            "throughput of the automatic choice over plain permutation and torch's grouped GEMM",
             at_least=1.0,
         ),
     ]
 
 
-def make_layer(place: Place, config: ModelConfig, backend: str) -> ExpertMlp:
+class PlainDispatcher(LocalDispatcher):
+    """Rows to their experts and back as plain torch does it, without kernels of ours."""
+
+    def plan(self, expert_NK: torch.Tensor, num_experts: int) -> Plan:
+        return Plan(*naive.sort_by_expert(expert_NK, num_experts), expert_NK.shape[1])
+
+    def dispatch(self, x: torch.Tensor, plan: Plan) -> torch.Tensor:
+        return naive.permute(x, plan.order_R, plan.top_k)
+
+    def combine(self, y_RD: torch.Tensor, plan: Plan, gate_NK: torch.Tensor | None) -> torch.Tensor:
+        assert gate_NK is not None, "an MLP layer always has gates"
+        return naive.unpermute(y_RD, plan.inverse_R, gate_NK)
+
+
+def make_layer(place: Place, config: ModelConfig, backend: str, dispatcher: Dispatcher = LOCAL) -> ExpertMlp:
     """A sparse feed-forward layer with normal weights."""
     with torch.device(place.device):
-        layer = ExpertMlp(config, LocalDispatcher(), Backends(experts=backend))
+        layer = ExpertMlp(config, dispatcher, Backends(experts=backend))
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     return layer.to(place.dtype)
 
 
-def both_ways(layer: ExpertMlp, x_BTD: torch.Tensor, grad_BTD: torch.Tensor) -> object:
+def both_ways(layer: torch.nn.Module, x_BTD: torch.Tensor, grad_BTD: torch.Tensor) -> object:
     """Output of the layer and all gradients."""
     y_BTD, _ = layer(x_BTD)
     return torch.autograd.grad(y_BTD, (x_BTD, *layer.parameters()), grad_BTD)

@@ -20,7 +20,9 @@ def render(result: dict[str, Any]) -> str:
         "| figure | value | |",
         "|---|---:|---|",
     ]
-    lines += [f"| `{name}` | {result[name]:.4g} | {text} |" for name, text in result["meaning"].items()]
+    for name, text in result["meaning"].items():
+        value = "not measured" if result[name] is None else f"{result[name]:.4g}"
+        lines.append(f"| `{name}` | {value} | {text} |")
     return "\n".join(lines)
 
 

@@ -14,18 +14,21 @@ import torch
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured number. `at_most` / `at_least` are the limits it has to keep, where it has any."""
+    """One measured number; None where it could not be measured, and `meaning` says why.
+
+    `at_most` / `at_least` are the limits it has to keep, where it has any.
+    """
 
     name: str
-    value: float
+    value: float | None
     meaning: str
     at_most: float | None = None
     at_least: float | None = None
 
     @property
     def kept(self) -> bool | None:
-        """Whether the limits are kept; None without limits."""
-        if self.at_most is None and self.at_least is None:
+        """Whether the limits are kept; None without limits, and for what was not measured."""
+        if self.value is None or (self.at_most is None and self.at_least is None):
             return None
         above = self.at_least is None or self.value >= self.at_least
         return above and (self.at_most is None or self.value <= self.at_most)
@@ -33,18 +36,25 @@ class Figure:
 
 @dataclass(frozen=True)
 class Result:
-    """The figures of one suite, in order, with the machine and the date (UTC)."""
+    """The figures of one suite, in order, with the machine and the date (UTC), and rows of detail where it has them."""
 
     suite: str
     figures: list[Figure]
     machine: dict[str, Any]
     date: str = field(default_factory=lambda: datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M"))
+    rows: list[dict[str, Any]] = field(default_factory=list)
 
     def tree(self) -> dict[str, Any]:
-        """Plain JSON: `suite`, `date`, `machine`, every figure by its name, and `meaning` by the same names."""
+        """Plain JSON: `suite`, `date`, `machine`, every figure by its name, `meaning` by the same names, and `rows`."""
         head = {"suite": self.suite, "date": self.date, "machine": self.machine}
-        values = {figure.name: float(f"{figure.value:.5g}") for figure in self.figures}
-        return head | values | {"meaning": {figure.name: figure.meaning for figure in self.figures}}
+        values = {figure.name: rounded(figure.value) for figure in self.figures}
+        meaning = {"meaning": {figure.name: figure.meaning for figure in self.figures}}
+        return head | values | meaning | ({"rows": self.rows} if self.rows else {})
+
+
+def rounded(value: float | None) -> float | None:
+    """Five digits."""
+    return None if value is None else float(f"{value:.5g}")
 
 
 def wall_seconds(case: Callable[[], object]) -> float:

@@ -1,6 +1,7 @@
 """The functions of the GPU suite on small CPU tensors: every figure comes out; the suite itself asks for a device."""
 
 import math
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -42,7 +43,11 @@ def test_every_figure_with_its_limit():
         *gpu.expert_layer(PLACE, MODEL, 2, 8, tick, names=("auto", "torch")),
         *gpu.step_figures(PLACE, MODEL, 2, 16, tick),
     ]
-    assert all(math.isfinite(figure.value) and figure.value > 0 for figure in figures)
+    unmeasured = {figure.name: figure.meaning for figure in figures if figure.value is None}
+    if find_spec("sonicmoe") is None:
+        assert unmeasured.keys() == {"expert_layer_sonicmoe_ms"}
+        assert "sonicmoe, which is missing" in unmeasured["expert_layer_sonicmoe_ms"]
+    assert all(math.isfinite(figure.value) and figure.value > 0 for figure in figures if figure.value is not None)
     limits = {figure.name: figure.at_least for figure in figures if figure.kept is not None}
     assert limits == {
         "stickbreaking_vs_flash_c16": 0.6,

@@ -9,33 +9,20 @@ import pytest
 import torch
 from torch.utils.cpp_extension import include_paths
 
+from megamf.bench import compile
+
 SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
-ARCHITECTURES = (80, 90)
-# Registers a thread, and bytes of spilled registers, of any kernel of the file.
-LIMITS = {"scan": (80, 0), "decode": (128, 64), "sort": (40, 0), "permute": (72, 16)}
-
-
-def compile_kernels(nvcc: str, name: str, architecture: int, out: Path) -> str:
-    target = f"arch=compute_{architecture},code=sm_{architecture}"
-    flags = ["-std=c++17", "-O3", "-Werror", "all-warnings", "-Xptxas", "-v", "-gencode", target]
-    source, result = SOURCES / f"{name}.cu", out / f"{name}_{architecture}.o"
-    command = [nvcc, "-c", *flags, str(source), "-o", str(result)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
 
 
 @pytest.mark.slow
-def test_nvcc_compiles_without_spilling(nvcc: str, tmp_path: Path) -> None:
-    jobs = [(name, architecture) for name in LIMITS for architecture in ARCHITECTURES]
+def test_nvcc_compiles_without_spilling(nvcc: str) -> None:
+    files = sorted(SOURCES.glob("*.cu"))
+    assert {file.stem for file in files} == compile.CUDA_LIMITS.keys()
+    jobs = [(file, architecture) for file in files for architecture in (80, 90)]
     with ThreadPoolExecutor(2) as pool:
-        reports = pool.map(lambda job: compile_kernels(nvcc, *job, tmp_path), jobs)
-        for (name, architecture), report in zip(jobs, reports, strict=True):
-            registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
-            spills = [int(n) for n in re.findall(r"(\d+) bytes spill stores", report)]
-            assert registers and len(registers) == len(spills)
-            most, most_spilled = LIMITS[name]
-            assert max(registers) <= most and max(spills) <= most_spilled, (name, architecture, registers, spills)
+        rows = list(pool.map(lambda job: compile.compile_source(nvcc, *job), jobs))
+    assert not [row for row in rows if row.problem]
+    assert all(row.registers and row.seconds for row in rows)
 
 
 @pytest.mark.parametrize("standard", ["c++17", "c++20"])

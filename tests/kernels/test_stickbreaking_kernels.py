@@ -1,9 +1,6 @@
-"""Stick-breaking attention in Triton: compiled for the presets' shapes, interpreted on odd ones, and run on a GPU."""
+"""Stick-breaking attention in Triton: tiles by rule, interpreted on odd shapes, and run on a GPU."""
 
-import contextlib
-import io
 import math
-import re
 from types import SimpleNamespace
 
 import pytest
@@ -11,104 +8,11 @@ import torch
 
 pytest.importorskip("triton")
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 from megamf.errors import UserError
 from megamf.kernels import stickbreaking as kernels
 from megamf.ops import stickbreaking as public
 from megamf.ops.backend import has_cuda
 from megamf.ops.stickbreaking import document_starts, naive, stickbreaking_attention, stickbreaking_decode
-
-# Bytes of registers that a thread may put aside, with conditions on what is seen and without.
-SPILL_LIMIT = {True: 128, False: 64}
-# Shared memory of a block.
-SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}
-POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.uint8: "*u8"}
-
-
-def launches(C, limited, capability, dtype=torch.bfloat16):
-    """The launches of a training step and of decoding: B 4, T 4096, 6 heads of two queries each, the model's layout."""
-    B, T, K, G = 4, 4096, 2, 6
-
-    def empty(*shape, dtype=dtype):
-        return torch.empty(*shape, dtype=dtype, device="meta")
-
-    q = empty(B, T, K, G, C).view(B, T, K * G, C).transpose(1, 2)
-    k, v = (empty(B, T, G, C).transpose(1, 2) for _ in range(2))
-    start = empty(B, T, dtype=torch.int32) if limited else None
-    mask = empty(B, T, dtype=torch.uint8) if limited else None
-    p = kernels.problem(q, k, True, start, mask, capability)
-    forward, (o, log_rem, stick, reach) = kernels.forward_launch(p, q, k, v, start, mask, 0.1, 1e-6)
-    row_end = empty(p.lines, triton.cdiv(T, p.rule.keys.N), dtype=torch.int32)
-    grad_log_rem = log_rem if limited else None
-    (queries, keys), _ = kernels.backward_launches(p, o, grad_log_rem, q, k, v, stick, reach, row_end, start, mask, 0.1)
-    (split, combine), _ = kernels.decode_launches(p, q[:, :, 0], k, v, start, mask, 0.1, 1e-6)
-    return {"forward": forward, "queries": queries, "keys": keys, "split": split, "combine": combine}
-
-
-def source(launch):
-    """What Triton would compile for the launch on a GPU."""
-    signature, constants, aligned = {}, {}, {}
-    for i, parameter in enumerate(launch.kernel.params):
-        name, value, fixed = parameter.name, launch.arguments[parameter.name], parameter.do_not_specialize
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1 and not fixed):
-            signature[name], constants[(i,)] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name], aligned[(i,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32" if value < 2**31 else "i64"
-            if value % 16 == 0 and not fixed:
-                aligned[(i,)] = [["tt.divisibility", 16]]
-    return ASTSource(launch.kernel, signature, constants, aligned)
-
-
-def compiled(launch, capability, cache):
-    """The kernel and the bytes it spills; ptxas reports when it runs, so what it said is kept beside Triton's cache."""
-    report = io.StringIO()
-    with triton.knobs.nvidia.scope(), triton.knobs.compilation.scope(), contextlib.redirect_stdout(report):
-        triton.knobs.nvidia.dump_ptxas_log = True
-        target = GPUTarget("cuda", capability, 32)
-        kernel = triton.compile(source(launch), target=target, options=launch.options)
-        key = f"megamf/spills/{kernel.hash}"
-        if not report.getvalue() and cache.get(key, None) is None:
-            triton.knobs.compilation.always_compile = True
-            triton.compile(source(launch), target=target, options=launch.options)
-    if report.getvalue():
-        cache.set(key, int(re.search(r"(\d+) bytes spill stores", report.getvalue())[1]))
-    return kernel, cache.get(key, None)
-
-
-PASSES = [
-    *((90, C, limited) for C in (64, 128) for limited in (False, True)),
-    *((90, C, True) for C in (192, 256)),
-    *((80, C, True) for C in (64, 128, 256)),
-]
-DECODING = [("split", 90, 64, True), ("split", 80, 256, True)]
-
-
-@pytest.mark.parametrize(
-    ("name", "capability", "C", "limited"),
-    [*((name, *case) for case in PASSES for name in ("forward", "queries", "keys")), *DECODING],
-)
-def test_compiles_without_spills_that_matter(name, capability, C, limited, request):
-    kernel, spills = compiled(launches(C, limited, capability)[name], capability, request.config.cache)
-    assert spills <= SPILL_LIMIT[limited]
-    assert kernel.metadata.shared <= SHARED_LIMIT[capability]
-    assert "mma" in kernel.asm["ptx"]
-    if capability == 90 and C <= 128 and name != "split":
-        assert "wgmma" in kernel.asm["ptx"]
-    if name != "split":  # loads run ahead of the products
-        assert "cp.async" in kernel.asm["ptx"]
-
-
-@pytest.mark.parametrize("name", ["forward", "queries", "keys", "split", "combine"])
-def test_float32_compiles(name, request):
-    kernel, _ = compiled(launches(64, True, 80, torch.float32)[name], 80, request.config.cache)
-    assert kernel.metadata.shared <= SHARED_LIMIT[80]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
