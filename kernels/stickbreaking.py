@@ -70,9 +70,9 @@ def rule(C: int, dtype: torch.dtype, capability: int = 90) -> Rule:
             return Rule(Tiles(128, 64, 8, 2, 4), Tiles(128, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(16, 64, 4, 2))
         return Rule(Tiles(128, 32, 8, 2, 8), small, small, Tiles(16, 32, 4, 2))
     if C <= 64:
-        return Rule(Tiles(128, 32, 8, 3, 8), Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2), Tiles(16, 64, 4, 2))
+        return Rule(Tiles(128, 32, 8, 3, 8), Tiles(64, 32, 4, 2), Tiles(32, 32, 4, 2), Tiles(16, 64, 4, 2))
     if C <= 128:
-        return Rule(Tiles(64, 64, 8, 2, 4), Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 2), Tiles(16, 64, 4, 2))
+        return Rule(Tiles(64, 64, 8, 2, 4), Tiles(64, 32, 8, 2), Tiles(32, 32, 4, 2), Tiles(16, 64, 4, 2))
     return Rule(Tiles(64, 32, 8, 2, 8), small, small, Tiles(16, 32, 4, 2))
 
 

@@ -78,13 +78,14 @@ def choose(
     """
     if backend == "auto":
         return _automatic(op, device, implementations, preferred)
+    asked = backend
     if backend == "csrc" and device.type == "cuda" and "cuda" in implementations:
         # The kernels of csrc/ for this device.
         backend = "cuda"
     if backend not in implementations:
         raise UserError(f"{op}: backend {backend!r} does not exist; expected auto, {', '.join(implementations)}")
     if problem := _problem(backend, device, implementations):
-        raise UserError(f"{op}: backend {backend!r} {problem}")
+        raise UserError(f"{op}: backend {asked!r} {problem}")
     return backend
 
 

@@ -14,6 +14,16 @@ from torch.nn import functional
 
 from megamf.ops import backend
 
+if backend.has_extension():
+
+    @torch.library.register_fake("megamf::expert_products")
+    def _products_fake(x, w, count):
+        return x.new_empty(x.shape[0], w.shape[2])
+
+    @torch.library.register_fake("megamf::expert_outer_products")
+    def _outer_products_fake(x, grad, count):
+        return x.new_empty(count.shape[0], x.shape[1], grad.shape[1])
+
 
 @torch.library.custom_op("megamf::grouped_linear", mutates_args=())
 def grouped_linear(x: torch.Tensor, w: torch.Tensor, count: torch.Tensor) -> torch.Tensor:

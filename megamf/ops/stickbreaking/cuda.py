@@ -315,6 +315,21 @@ def _attention_only(q, k, v, start_BT, key_mask_BS, scale, stop, causal=True):
     return attention(q, k, v, start_BT, key_mask_BS, scale, stop, causal)[0]
 
 
+@torch.library.register_fake("megamf::stickbreaking_rows")
+def _rows_fake(*arguments):
+    return None
+
+
+@torch.library.register_fake("megamf::stickbreaking_rows_backward")
+def _rows_backward_fake(*arguments):
+    return None
+
+
+@torch.library.register_fake("megamf::stickbreaking_decode_parts")
+def _decode_parts_fake(q, k, v, start, key_mask, scale, log_stop):
+    return torch.empty_like(q)
+
+
 if backends.has_cuda():
     # The operations of csrc.py, with their shapes and gradients, now also run on CUDA tensors.
     torch.library.impl("megamf::stickbreaking_attention", "CUDA")(_attention_only)
