@@ -68,16 +68,17 @@ class Trainer:
         self.stop_requested = False
         self.stopping = False
 
+        recomputed = config.train.activation_checkpointing == "full"
         self.dispatchers = make_dispatchers(
             self.mesh,
             attention_strategy(config, self.mesh.world),
-            recomputed=config.train.activation_checkpointing == "full",
+            recomputed=recomputed,
         )
         model = ModuleFormer(
             config.model,
             self.dispatchers.mlp,
             Backends.of(config),
-            make_context(self.mesh),
+            make_context(self.mesh, recomputed=recomputed),
             attention_dispatcher=self.dispatchers.attention,
         )
         model.set_activation_checkpointing(config.train.activation_checkpointing)

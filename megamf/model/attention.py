@@ -72,7 +72,7 @@ class ExpertAttention(nn.Module):
         else:
             y_RD = experts.output_experts(experts.dispatcher.dispatch(o_NKA, plan), plan)
             y_ND = experts.dispatcher.combine(y_RD, plan, routing.gate_NK)
-        return y_ND.view_as(x_BTD), routing.stats
+        return self.context.before_backward(y_ND, keys).view_as(x_BTD), routing.stats
 
     def keys_and_values(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x_BTD -> k_BGTC and v_BGTC, the same object where K = V."""
@@ -110,7 +110,8 @@ class DenseAttention(nn.Module):
         keys = self.context.share(k_BHSC, v_BHSC)
         q_BHTC = split_heads(self.q_proj(x_BTD), self.num_heads)
         o_BHTC = self.context.attend(q_BHTC, keys, start_BT, key_mask_BS, self.backend)
-        return self.o_proj(o_BHTC.transpose(1, 2).flatten(2)), None
+        y_BTD = self.o_proj(o_BHTC.transpose(1, 2).flatten(2))
+        return self.context.before_backward(y_BTD, keys), None
 
 
 def split_heads(x_BTA: torch.Tensor, num_heads: int) -> torch.Tensor:

@@ -33,6 +33,9 @@ class Context(Protocol):
         """o_BHTC over all keys up to each query, wherever they are. start_BT, key_mask_BS: see
         `stickbreaking_attention`, with positions in the whole sequence."""
 
+    def before_backward(self, y: torch.Tensor, keys: Any) -> torch.Tensor:
+        """y, made of what `attend` returned, as it is; its backward pass may begin with sending `keys` again."""
+
 
 class LocalContext:
     """Whole sequences in this process."""
@@ -60,6 +63,9 @@ class LocalContext:
             return o_BHC.unsqueeze(2)
         options = {"start_BT": start_BT, "key_mask_BS": key_mask_BS, "backend": backend}
         return stickbreaking_attention(q_BHTC, k_BGSC, v_BGSC, **options)
+
+    def before_backward(self, y: torch.Tensor, keys: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return y
 
 
 WHOLE = LocalContext()

@@ -7,13 +7,15 @@ A rank holds the chunks `chunk_indices(rank, P)`. It attends to the keys of each
 ranks are on their way, then to all older keys of the sequence; `combine` makes the two into one, exactly. Every rank
 visits the same number of keys: U * U * (2*P - 1) older ones and two triangles of U.
 
-A layer moves, to and from each rank, (P-1)/P of B*S*X values forward in the type of the keys (again in the backward
-pass where activations are recomputed), and as many backward in float32 or better: there the ranks' gradients of a key
-are added up, in the same order in every run.
+A layer moves, to and from each rank, (P-1)/P of B*S*X values in the type of the keys, forward and once more for the
+backward pass (whether it is recomputed or not: the whole sequence's keys are not kept in between), and as many backward
+in float32 or better: there the ranks' gradients of a key are added up, in the same order in every run.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,32 +27,59 @@ from megamf.parallel.mesh import Mesh
 
 
 class Transfer:
-    """What one layer has under way between the ranks of `group`: keys in the forward, their gradients in the backward
-    pass."""
+    """What one layer has under way between the ranks of `group`, one thing at a time: keys, later their gradients."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.num_ranks = dist.get_world_size(group)
-        self.work: dist.Work | None = None
-        self.grad_TBX: torch.Tensor | None = None
+        self.under_way: tuple[dist.Work, torch.Tensor, torch.Tensor] | None = None
+        self.whole_SBX: torch.Tensor | None = None
+        self.let_go = False
 
-    def start_gather(self, own_TBX: torch.Tensor) -> torch.Tensor:
-        """The ranks' rows one rank after the other [P * T, B, X], to be read after `wait`."""
+    def gather(self, own_TBX: torch.Tensor) -> torch.Tensor:
+        """The buffer in which the rows of all ranks arrive [P * T, B, X], rank by rank; not to be read before."""
         rows_SBX = own_TBX.new_empty(self.num_ranks * own_TBX.shape[0], *own_TBX.shape[1:])
-        self.work = dist.all_gather_into_tensor(rows_SBX, own_TBX.contiguous(), group=self.group, async_op=True)
+        own_TBX = own_TBX.contiguous()
+        work = dist.all_gather_into_tensor(rows_SBX, own_TBX, group=self.group, async_op=True)
+        # What is sent has to outlive the transfer.
+        self.under_way = (work, rows_SBX, own_TBX)
         return rows_SBX
 
-    def start_sum(self, grad_SBX: torch.Tensor) -> None:
-        """Begin to add up what the ranks have for each rank's rows."""
+    def add_up(self, grad_SBX: torch.Tensor) -> None:
+        """Begin to add up what the ranks have for each rank's rows; [T, B, X] in float32 or better arrives."""
         wide_SBX = grad_SBX.to(torch.promote_types(grad_SBX.dtype, torch.float32)).contiguous()
-        self.grad_TBX = wide_SBX.new_empty(len(wide_SBX) // self.num_ranks, *wide_SBX.shape[1:])
-        self.work = dist.reduce_scatter_tensor(self.grad_TBX, wide_SBX, group=self.group, async_op=True)
+        own_TBX = wide_SBX.new_empty(len(wide_SBX) // self.num_ranks, *wide_SBX.shape[1:])
+        work = dist.reduce_scatter_tensor(own_TBX, wide_SBX, group=self.group, async_op=True)
+        self.under_way = (work, own_TBX, wide_SBX)
 
-    def wait(self) -> None:
-        """What was started is there."""
-        assert self.work is not None
-        self.work.wait()
-        self.work = None
+    def arrived(self) -> torch.Tensor:
+        """Waits for what was begun."""
+        assert self.under_way is not None, "a transfer is awaited once, after it was begun"
+        work, arrived, _ = self.under_way
+        work.wait()
+        self.under_way = None
+        return arrived
+
+    def note(self, saved: torch.Tensor) -> Any:
+        """For autograd, in place of a view of the whole keys: how to find it in them when they come again."""
+        if self.whole_SBX is None or not same_storage(saved, self.whole_SBX):
+            # As it is; but an output that its own node kept alive would never be freed.
+            return saved.detach()
+        self.let_go = True
+        return saved.size(), saved.stride(), saved.storage_offset()
+
+    def recall(self, noted: Any) -> torch.Tensor:
+        """What `note` was given; the first to ask waits for the keys."""
+        if isinstance(noted, torch.Tensor):
+            return noted
+        if self.whole_SBX is None:
+            self.whole_SBX = in_sequence(self.arrived(), self.num_ranks)
+        return self.whole_SBX.as_strided(*noted)
+
+
+def same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are views of one memory."""
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
 
 
 class Send(torch.autograd.Function):
@@ -62,13 +91,11 @@ class Send(torch.autograd.Function):
     @staticmethod
     def forward(ctx, own_TBX, transfer):
         ctx.transfer, ctx.dtype = transfer, own_TBX.dtype
-        return transfer.start_gather(own_TBX)
+        return transfer.gather(own_TBX)
 
     @staticmethod
     def backward(ctx, _):
-        ctx.transfer.wait()
-        grad_TBX, ctx.transfer.grad_TBX = ctx.transfer.grad_TBX, None
-        return grad_TBX.to(ctx.dtype), None
+        return ctx.transfer.arrived().to(ctx.dtype), None
 
 
 class Receive(torch.autograd.Function):
@@ -77,14 +104,34 @@ class Receive(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows_SBX, transfer):
         ctx.transfer = transfer
-        transfer.wait()
-        return in_sequence(rows_SBX, transfer.num_ranks)
+        return in_sequence(transfer.arrived(), transfer.num_ranks)
 
     @staticmethod
     def backward(ctx, grad_SBX):
-        ctx.transfer.start_sum(by_rank(grad_SBX, ctx.transfer.num_ranks))
+        ctx.transfer.whole_SBX = None
+        ctx.transfer.add_up(by_rank(grad_SBX, ctx.transfer.num_ranks))
         # `Send` takes its gradient from the transfer; between the two there is nothing to pass on.
         return grad_SBX.new_zeros(()).expand(grad_SBX.shape), None
+
+
+class SendAgain(torch.autograd.Function):
+    """Nothing forward; in the backward pass, starts to gather the keys once more."""
+
+    @staticmethod
+    def forward(ctx, y, transfer, *own):
+        ctx.transfer = transfer
+        ctx.save_for_backward(*own)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.transfer.gather(rows_of(ctx.saved_tensors))
+        return grad, None, *([None] * len(ctx.saved_tensors))
+
+
+def rows_of(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Keys, or keys and values, [B, G, T, C] -> what travels, [T, B, X]."""
+    return torch.cat([x_BGTC.permute(2, 0, 1, 3).flatten(2) for x_BGTC in tensors], dim=2)
 
 
 def in_sequence(rows_SX: torch.Tensor, num_ranks: int) -> torch.Tensor:
@@ -100,34 +147,38 @@ def by_rank(rows_SX: torch.Tensor, num_ranks: int) -> torch.Tensor:
 
 
 class Keys(NamedTuple):
-    """A rank's own keys and values, and those of all ranks on their way."""
+    """A rank's own keys and values (one tensor where K = V), and those of all ranks on their way."""
 
-    k_BGTC: torch.Tensor
-    v_BGTC: torch.Tensor
+    own: tuple[torch.Tensor, ...]
     rows_SBX: torch.Tensor
     transfer: Transfer
 
     def all(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the whole sequence, k_BGSC and v_BGSC; waits for them."""
-        G, C = self.k_BGTC.shape[1], self.k_BGTC.shape[3]
-        rows_SBX = Receive.apply(self.rows_SBX, self.transfer)
-        views = [rows.unflatten(2, (G, C)).permute(1, 2, 0, 3) for rows in rows_SBX.split(G * C, dim=2)]
+        G, C = self.own[0].shape[1], self.own[0].shape[3]
+        self.transfer.whole_SBX = Receive.apply(self.rows_SBX, self.transfer)
+        rows = self.transfer.whole_SBX.split(G * C, dim=2)
+        views = [x_SBX.unflatten(2, (G, C)).permute(1, 2, 0, 3) for x_SBX in rows]
         return views[0], views[-1]
 
 
 class SplitContext:
-    """Every sequence is split over the ranks of `group`; see the module."""
+    """Every sequence is split over the ranks of `group`; see the module.
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    recomputed: every forward pass with a gradient is repeated right before its backward pass; otherwise a layer lets
+    go of the other ranks' keys after its forward pass and gathers them again for the backward pass.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, *, recomputed: bool) -> None:
         self.group = group
         self.num_ranks = dist.get_world_size(group)
         self.chunks = chunk_indices(dist.get_rank(group), self.num_ranks)
+        self.recomputed = recomputed
 
     def share(self, k_BGTC: torch.Tensor, v_BGTC: torch.Tensor) -> Keys:
-        tensors = [k_BGTC] if k_BGTC is v_BGTC else [k_BGTC, v_BGTC]
-        own_TBX = torch.cat([x.permute(2, 0, 1, 3).flatten(2) for x in tensors], dim=2)
+        own = (k_BGTC,) if k_BGTC is v_BGTC else (k_BGTC, v_BGTC)
         transfer = Transfer(self.group)
-        return Keys(k_BGTC, v_BGTC, Send.apply(own_TBX, transfer), transfer)
+        return Keys(own, Send.apply(rows_of(own), transfer), transfer)
 
     def attend(
         self,
@@ -138,18 +189,29 @@ class SplitContext:
         backend: str,
     ) -> torch.Tensor:
         assert key_mask_BS is None, "the model refuses key masks on split sequences"
-        q, k, v = (x.chunk(2, dim=2) for x in (q_BHTC, keys.k_BGTC, keys.v_BGTC))
+        q, *own = (x.chunk(2, dim=2) for x in (q_BHTC, *keys.own))
         starts = (None, None) if start_BT is None else start_BT.chunk(2, dim=1)
         firsts = [index * q[0].shape[2] for index in self.chunks]
-        # Where K = V, the two must be one object also in pieces.
-        v = k if keys.k_BGTC is keys.v_BGTC else v
-        own = [own_keys(q[i], k[i], v[i], starts[i], firsts[i], backend) for i in (0, 1)]
+        # Where K = V, the first and the last are one object, as the kernels want to see it.
+        newest = [own_keys(q[i], own[0][i], own[-1][i], starts[i], firsts[i], backend) for i in (0, 1)]
         k_BGSC, v_BGSC = keys.all()
-        o = [
-            with_older(q[i], *own[i], k_BGSC[:, :, : firsts[i]], v_BGSC[:, :, : firsts[i]], starts[i], backend)
-            for i in (0, 1)
-        ]
+        with self._saving(keys.transfer):
+            o = [
+                with_older(q[i], *newest[i], k_BGSC[:, :, : firsts[i]], v_BGSC[:, :, : firsts[i]], starts[i], backend)
+                for i in (0, 1)
+            ]
+        keys.transfer.whole_SBX = None
         return torch.cat([x_BHUC.transpose(1, 2) for x_BHUC in o], dim=1).transpose(1, 2)
+
+    def before_backward(self, y: torch.Tensor, keys: Keys) -> torch.Tensor:
+        if not keys.transfer.let_go:
+            return y
+        return SendAgain.apply(y, keys.transfer, *keys.own)
+
+    def _saving(self, transfer: Transfer) -> AbstractContextManager:
+        if self.recomputed or not torch.is_grad_enabled():
+            return nullcontext()
+        return torch.autograd.graph.saved_tensors_hooks(transfer.note, transfer.recall)
 
 
 def own_keys(
@@ -202,6 +264,6 @@ def with_older(
     return combine(o_BHUC, log_rem_BHU, *older)[0]
 
 
-def make_context(mesh: Mesh) -> Context:
-    """The context that this layout needs: no collective where no sequence is split."""
-    return WHOLE if mesh.context_group is None else SplitContext(mesh.context_group)
+def make_context(mesh: Mesh, *, recomputed: bool) -> Context:
+    """The context that this layout needs: no collective where no sequence is split. recomputed: see `SplitContext`."""
+    return WHOLE if mesh.context_group is None else SplitContext(mesh.context_group, recomputed=recomputed)

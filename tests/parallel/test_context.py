@@ -1,15 +1,21 @@
 """Sequences split over ranks: who holds what, the work of each, and attention over parts against the whole."""
 
+import gc
 import math
+import threading
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from megamf.data.zigzag import chunk_indices, join_parts, take_part
 from megamf.model import ModuleFormer
 from megamf.ops.stickbreaking import naive
 from megamf.parallel import context
-from megamf.parallel.context import by_rank, in_sequence, own_keys, with_older
+from megamf.parallel.context import SplitContext, by_rank, in_sequence, own_keys, with_older
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -91,6 +97,118 @@ def test_parts_attend_as_the_whole(num_ranks, G, H, T, documents, dtype, limit, 
     for name, a, b in zip(("o", "dq", "dk", "dv"), [got.detach(), *torch.autograd.grad(got, leaves, grad)], wanted):
         error = (a.double() - b).norm() / b.norm()
         assert error < limit, f"{name}: relative error {error:.2e}"
+
+
+class Threads:
+    """Stands in for torch.distributed: the ranks are threads of this process, and every collective is asynchronous."""
+
+    def __init__(self, num_ranks: int) -> None:
+        self.num_ranks = num_ranks
+        self.mine = threading.local()
+        self.count = [0] * num_ranks
+        self.posted = defaultdict(dict)
+        self.news = threading.Condition()
+
+    def get_world_size(self, group):
+        return self.num_ranks
+
+    def get_rank(self, group):
+        return self.mine.rank
+
+    def all_gather_into_tensor(self, output, given, group, async_op):
+        assert async_op and output.is_contiguous() and given.is_contiguous()
+        return self._begin(given, lambda shares: output.copy_(torch.cat(shares)))
+
+    def reduce_scatter_tensor(self, output, given, group, async_op):
+        assert async_op and output.is_contiguous() and given.is_contiguous()
+        rank = self.mine.rank
+        return self._begin(
+            given, lambda shares: output.copy_(sum(share.chunk(self.num_ranks)[rank] for share in shares))
+        )
+
+    def _begin(self, given, finish):
+        rank = self.mine.rank
+        with self.news:
+            self.count[rank] += 1
+            number = self.count[rank]
+            self.posted[number][rank] = given.clone()
+            self.news.notify_all()
+
+        def wait():
+            with self.news:
+                assert self.news.wait_for(lambda: len(self.posted[number]) == self.num_ranks, timeout=60)
+                finish([self.posted[number][r] for r in range(self.num_ranks)])
+
+        return SimpleNamespace(wait=wait)
+
+    def run(self, work):
+        """[work(rank) for every rank], at the same time."""
+
+        def one(rank):
+            self.mine.rank = rank
+            return work(rank)
+
+        with ThreadPoolExecutor(self.num_ranks) as pool:
+            return [future.result() for future in [pool.submit(one, rank) for rank in range(self.num_ranks)]]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("recomputed", [True, False])
+@pytest.mark.parametrize("backend", ["naive", "csrc"])
+def test_ranks_together_attend_as_one(monkeypatch, num_ranks, shared, recomputed, backend):
+    """Values and gradients; and the keys of the whole sequence are kept between the passes only where they must be."""
+    B, H, G, T, C = 2, 4, 2, 12 * num_ranks, 3
+    q, k, v, grad = (
+        random(B, H, T, C),
+        random(B, G, T, C, seed=1),
+        random(B, G, T, C, seed=2),
+        random(B, H, T, C, seed=3),
+    )
+    start = torch.stack([torch.arange(T) // 10 * 10, torch.zeros(T, dtype=torch.long)]).int()
+    leaves = [x.clone().requires_grad_() for x in ((q, k) if shared else (q, k, v))]
+    want = naive.attention(leaves[0], leaves[1], leaves[-1], C**-0.5, start)
+    wanted = [want.detach(), *torch.autograd.grad(want, leaves, grad)]
+
+    threads, wholes, passed = Threads(num_ranks), [], {}
+
+    def noted(*arguments):
+        whole = in_sequence(*arguments)
+        wholes.append(StorageWeakRef(whole.untyped_storage()))
+        return whole
+
+    monkeypatch.setattr(context, "dist", threads)
+    monkeypatch.setattr(context, "in_sequence", noted)
+
+    def part(x_BHTC, rank):
+        return take_part(x_BHTC.transpose(1, 2), rank, num_ranks).transpose(1, 2)
+
+    def forward(rank):
+        split = SplitContext(None, recomputed=recomputed)
+        mine = [part(x.detach(), rank).requires_grad_() for x in leaves]
+        keys = split.share(mine[1], mine[-1])
+        o = split.attend(mine[0], keys, take_part(start, rank, num_ranks), None, backend)
+        return mine, split.before_backward(o, keys)
+
+    def backward(rank):
+        mine, o = passed.pop(rank)
+        return [o.detach(), *torch.autograd.grad(o, mine, part(grad, rank))]
+
+    gc.disable()
+    try:
+        passed.update(enumerate(threads.run(forward)))
+        # The naive backend saves what it makes of the keys, not the keys.
+        let_go = not recomputed and backend == "csrc"
+        assert len(wholes) == num_ranks
+        assert not let_go or all(whole.expired() for whole in wholes)
+        found = threads.run(backward)
+        assert len(wholes) == (2 * num_ranks if let_go else num_ranks)
+        assert all(whole.expired() for whole in wholes), "nothing keeps itself alive"
+    finally:
+        gc.enable()
+    for wanted_BHTC, parts in zip(wanted, zip(*found), strict=True):
+        joined = join_parts([x.transpose(1, 2) for x in parts]).transpose(1, 2)
+        torch.testing.assert_close(joined, wanted_BHTC, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.gpu

@@ -22,7 +22,7 @@ from megamf.parallel.launch import Process, identify, process_group
 from megamf.parallel.state import full_gradients, owned_state
 from megamf.trainer import Trainer
 
-START_GATHER, START_SUM = Transfer.start_gather, Transfer.start_sum
+GATHER, ADD_UP = Transfer.gather, Transfer.add_up
 
 
 def run_case(config: RunConfig, steps: int, process: Process) -> tuple[dict[str, torch.Tensor], dict[str, list[float]]]:
@@ -62,15 +62,15 @@ def count_bytes() -> dict[str, int]:
     """From here on, bytes of the keys and of their gradients that a rank sends to each other one of its group."""
     sent = {"keys": 0, "gradients": 0}
 
-    def start_gather(self: Transfer, own_TBX: torch.Tensor) -> torch.Tensor:
+    def gather(self: Transfer, own_TBX: torch.Tensor) -> torch.Tensor:
         sent["keys"] += own_TBX.nbytes * (self.num_ranks - 1)
-        return START_GATHER(self, own_TBX)
+        return GATHER(self, own_TBX)
 
-    def start_sum(self: Transfer, grad_SBX: torch.Tensor) -> None:
-        START_SUM(self, grad_SBX)
-        sent["gradients"] += self.grad_TBX.nbytes * (self.num_ranks - 1)
+    def add_up(self: Transfer, grad_SBX: torch.Tensor) -> None:
+        ADD_UP(self, grad_SBX)
+        sent["gradients"] += self.under_way[1].nbytes * (self.num_ranks - 1)
 
-    Transfer.start_gather, Transfer.start_sum = start_gather, start_sum
+    Transfer.gather, Transfer.add_up = gather, add_up
     return sent
 
 

@@ -138,16 +138,16 @@ def test_split_sequences_train_as_whole_ones(results, group, name, whole):
 @pytest.mark.parametrize(
     ("name", "context", "passes", "width"),
     [
-        ("context4-ep2-zero1", 4, 1, 24),
-        ("shared", 4, 1, 16),
+        ("context4-ep2-zero1", 4, 2, 24),
+        ("shared", 4, 2, 16),
         ("recomputed", 2, 2, 16),
-        ("accumulated", 2, 2, 16),
-        ("bf16", 4, 1, 8),
+        ("accumulated", 2, 3, 16),
+        ("bf16", 4, 2, 8),
     ],
 )
 def test_bytes_on_the_way(results, name, context, passes, width):
-    """(P-1)/P of B*S*X values a layer: keys in every forward pass (the pass ahead of accumulation and recomputation
-    too), gradients once, of four bytes. `width` is X, 2 * 12 where K is not V, in units of four bytes."""
+    """(P-1)/P of B*S*X values a layer: keys for the forward and the backward pass (and the pass ahead of an
+    accumulated step), gradients once, of four bytes. `width` is X, 2 * 12 where K is not V, in units of four bytes."""
     keys, gradients = json.loads((results / "four" / f"{name}.json").read_text())["context_bytes"]
     tokens = 8 * 32 // (4 // context)
     values = STEPS * 2 * tokens * (context - 1) // context
