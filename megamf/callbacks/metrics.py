@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from megamf.callbacks.base import Callback
+from megamf.callbacks.hottest import hottest_rank
 from megamf.callbacks.module_load import load_summary, module_load
 from megamf.config import ConfigError, RunConfig, to_tree
 from megamf.plan import mfu, peak_flops, train_flops_per_token
@@ -43,7 +44,10 @@ class Metrics(Callback):
         self.tokens_since += self.config.train.global_batch * self.config.train.seq_len
         self.seconds_since += result.seconds
         last = result.step == self.config.train.steps
-        if self.file is None or (result.step % self.config.logging.every and not last):
+        if result.step % self.config.logging.every and not last:
+            return
+        hottest = hottest_rank(trainer)
+        if self.file is None:
             return
         speed = self.tokens_since / self.seconds_since
         record: dict[str, Any] = {
@@ -55,6 +59,7 @@ class Metrics(Callback):
             "grad_norm": result.grad_norm,
             "tokens_per_second": speed,
             "mfu": mfu(speed, self.flops_per_token, self.peak),
+            **hottest,
         }
         self.tokens_since, self.seconds_since = 0, 0.0
         every = self.config.logging.module_load_every

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from imbalance_cases import STEPS, B, T, global_batch, share
 
 from megamf.callbacks.checkpointing import Checkpointing
+from megamf.callbacks.hottest import hottest_rank, take_peak_rows
 from megamf.checkpoint import Checkpoint
 from megamf.config import RunConfig, validate
 from megamf.data.loader import MicroBatch
@@ -37,20 +38,21 @@ def through_scenarios(out: Path, config: RunConfig, starts: dict[str, str]) -> d
         with Checkpoint(start) as checkpoint:
             load_state(trainer.engine, checkpoint, 0)
         trainer.step = trainer.consumed = 0
-        for dispatcher in trainer.dispatchers:
-            dispatcher.peak_rows = 0
+        take_peak_rows(trainer)
         results = [trainer.train_step([share(global_batch(scenario, step), rank, world)]) for step in range(STEPS)]
         saving = Checkpointing(config.model_copy(update={"run": config.run.model_copy(update={"dir": out / scenario})}))
         saving.save(trainer)
-        rows = torch.tensor([dispatcher.peak_rows for dispatcher in trainer.dispatchers])
-        everyone = [torch.empty_like(rows) for _ in range(world)]
-        dist.all_gather(everyone, rows)
+        own_rows = max(dispatcher.peak_rows for dispatcher in trainer.dispatchers)
+        everyone = [torch.tensor(0) for _ in range(world)]
+        dist.all_gather(everyone, torch.tensor(own_rows))
         seen[scenario] = {
             "skipped": [result.skipped for result in results],
             "loss": [result.loss for result in results],
             "aux_loss": [result.aux_loss for result in results],
             "grad_norm": [result.grad_norm for result in results],
             "peak_rows": torch.stack(everyone).tolist(),
+            "hottest": hottest_rank(trainer),
+            "left": take_peak_rows(trainer),
         }
     return seen
 

@@ -121,12 +121,19 @@ def test_layout_agrees_with_one_process(results, world, layout, scenario):
 def test_the_scenarios_are_what_they_say(results):
     found = seen(results, 4)["layouts"]["ep4-zero1-tokens"]
     # One dispatcher for both kinds of experts: two rows a token of all ranks is the MLP's share.
-    assert found["all_tokens_on_one_expert"]["peak_rows"] == [[2 * B * T] * 2, [0, 0], [0, 0], [0, 0]]
-    assert all(0 < row[0] < 2 * B * T for row in found["uneven_documents"]["peak_rows"])
+    assert found["all_tokens_on_one_expert"]["peak_rows"] == [2 * B * T, 0, 0, 0]
+    assert all(0 < rows < 2 * B * T for rows in found["uneven_documents"]["peak_rows"])
     end = tensors(results, 4, "ep2-zero1-tokens", "an_expert_without_tokens")
     for experts, dead in (("attn.q_proj", 2), ("mlpf", 5)):
         name = f"exp_avg/transformer.h.0.{experts}.experts.weight"
         assert not end[f"{name}.{dead}"].any() and end[f"{name}.{dead - 1}"].any()
+
+
+def test_the_hottest_rank_is_reported(results):
+    for case in seen(results, 4)["layouts"]["ep4-zero1-tokens"].values():
+        assert case["hottest"]["hottest_rank_rows"] == max(case["peak_rows"])
+        assert 1e8 < case["hottest"]["hottest_rank_memory"] < 1e10, "a process with torch takes some 300 MB"
+        assert case["left"] == 0, "rows are counted anew"
 
 
 @pytest.mark.parametrize("world", [2, 4])
