@@ -83,7 +83,10 @@ def _experts(job: Job, imbalance: float) -> Iterator[Collective]:
 
 
 def _context(job: Job) -> Iterator[Collective]:
-    """Keys and values of the whole sequence for every attention layer; the sums of their gradients, in fp32, back."""
+    """Keys and values of the whole sequence for every attention layer; the sums of their gradients, in fp32, back.
+
+    They are gathered for the forward and again for the backward pass, recomputed or not.
+    """
     if job.context == 1:
         return
     model, group = job.model, job.context_group
@@ -91,8 +94,8 @@ def _context(job: Job) -> Iterator[Collective]:
     values = (job.context - 1) * job.tokens * width
     sent, back = values * job.value_bytes, values * 4
     layers = model.n_layer * job.accumulation
-    forward = (2 if job.config.train.activation_checkpointing == "full" else 1) + job.looks_ahead
-    yield Collective("context: keys and values", "all_gather", group, layers * forward, sent, sent)
+    gathers = layers * (2 + int(job.looks_ahead))
+    yield Collective("context: keys and values", "all_gather", group, gathers, sent, sent)
     yield Collective("context: their gradients", "reduce_scatter", group, layers, back, back)
 
 
