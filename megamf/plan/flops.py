@@ -55,23 +55,26 @@ def count_parameters(model: ModelConfig) -> ParameterCounts:
     key_value_matrices = 0 if model.shares_kv else 2 * width * attention
     key_value_biases = 0 if model.shares_kv else 2 * attention
     if model.kind == "dense":
-        experts = active = per_attention + per_mlp
+        active = per_attention + per_mlp
+        experts = layers * active
         router_matrices = router_rest = 0
     else:
-        experts = model.n_att_experts * per_attention + model.n_mlp_experts * per_mlp
+        attention_counts = [model.num_experts(layer, "attention") for layer in range(layers)]
+        mlp_counts = [model.num_experts(layer, "mlp") for layer in range(layers)]
+        experts = sum(attention_counts) * per_attention + sum(mlp_counts) * per_mlp
         active = model.k_att * per_attention + model.k_mlp * per_mlp
-        sizes = [_router(model, model.n_att_experts), _router(model, model.n_mlp_experts)]
+        sizes = [_router(model, count) for count in attention_counts + mlp_counts]
         router_matrices = sum(matrices for matrices, _ in sizes)
         router_rest = sum(rest for _, rest in sizes)
     return ParameterCounts(
         embedding=model.vocab_size * width,
         head=model.vocab_size * width,
         norms=layers * 4 * width + 2 * width,
-        routers=layers * (router_matrices + router_rest),
+        routers=router_matrices + router_rest,
         key_value=layers * (key_value_matrices + key_value_biases),
-        experts=layers * experts,
+        experts=experts,
         active_experts=layers * active,
-        matmul_extra=layers * (router_matrices + key_value_matrices),
+        matmul_extra=router_matrices + layers * key_value_matrices,
     )
 
 

@@ -1,0 +1,108 @@
+"""Which modules go: thresholds, shares, baselines; the model in memory and the one on disk."""
+
+import itertools
+
+import pytest
+import torch
+
+from megamf.errors import UserError
+from megamf.evaluate.load import load_model
+from megamf.model import ModuleFormer
+from megamf.modularity import prune
+from megamf.modularity.edit import Kept, module_counts, rearrange
+from megamf.modularity.places import Place, module_size, with_counts
+
+
+def scores_of(config, seed=0):
+    return prune.random_scores(config, seed)
+
+
+def test_tau(make_model):
+    config = make_model().config
+    scores = {place: [0.0, 0.2, 0.5, 1.0, 0.9][:count] for place, count in module_counts(config).items()}
+    everything = {place: list(range(count)) for place, count in module_counts(config).items()}
+    assert prune.keep_above(config, scores, 0.0) == everything
+    assert prune.keep_above(config, scores, 0.5)[Place(0, "mlp")] == [2, 3, 4]
+    # Never fewer than k: the best two stay.
+    assert prune.keep_above(config, scores, 1.0)[Place(0, "mlp")] == [3, 4]
+    for tau in (-0.1, 1.01):
+        with pytest.raises(UserError, match=r"outside 0\.\.1"):
+            prune.keep_above(config, scores, tau)
+
+
+def test_share_takes_the_lowest_scores_first(make_model):
+    model = make_model()
+    config = model.config
+    scores = scores_of(config)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    for share in (0.0, 0.1, 0.25):
+        keep = prune.keep_share(config, scores, share)
+        gone = {place: set(range(len(scores[place]))) - set(kept) for place, kept in keep.items()}
+        removed = sum(module_size(config, place.kind) * len(indices) for place, indices in gone.items())
+        assert share * total - max(module_size(config, k) for k in ("attention", "mlp")) < removed <= share * total
+        small = ModuleFormer(with_counts(config, {place: len(kept) for place, kept in keep.items()}))
+        assert total - sum(parameter.numel() for parameter in small.parameters()) == removed
+        for place, indices in gone.items():
+            if len(keep[place]) > 2 and indices:
+                assert max(scores[place][i] for i in indices) < min(scores[place][i] for i in keep[place])
+    with pytest.raises(UserError, match="at most 0"):
+        prune.keep_share(config, scores, 0.9)
+    with pytest.raises(UserError, match=r"outside \[0, 1\)"):
+        prune.keep_share(config, scores, 1.0)
+
+
+def test_baselines(make_model, make_checkpoint):
+    model = make_model()
+    with torch.no_grad():
+        model.transformer.h[0].mlpf.experts.weight[2] *= 10
+        model.transformer.h[0].mlpf.output_experts.weight[1] *= 0
+    norms = prune.norm_scores(make_checkpoint(model), model.config)
+    here = norms[Place(0, "mlp")]
+    assert here[2] == 1.0 and min(here) == here[1]
+    experts = model.transformer.h[1].attn.q_proj
+    expected = [
+        (experts.experts.weight[e].square().sum() + experts.output_experts.weight[e].square().sum()).sqrt().item()
+        for e in range(4)
+    ]
+    assert norms[Place(1, "attention")] == pytest.approx([value / max(expected) for value in expected], rel=1e-6)
+    first, again, other = (scores_of(model.config, seed) for seed in (0, 0, 1))
+    assert first == again != other
+    assert len(set(itertools.chain(*first.values()))) == 18
+
+
+def test_memory_and_disk_agree(make_model, make_checkpoint, tmp_path):
+    model = make_model(n_att_experts_per_layer=[4, 3])
+    source = make_checkpoint(model)
+    keep = prune.keep_share(model.config, scores_of(model.config), 0.2)
+    path = rearrange(source, tmp_path / "out", {p: [Kept(i) for i in kept] for p, kept in keep.items()}, what={})
+    on_disk, _ = load_model(path)
+    in_memory = prune.pruned_model(model, keep)
+    assert in_memory.state_dict().keys() == on_disk.state_dict().keys()
+    for name, value in in_memory.state_dict().items():
+        assert torch.equal(value, on_disk.state_dict()[name]), name
+    ids = torch.randint(50, (2, 9))
+    assert torch.equal(in_memory(ids).hidden_BTD, on_disk(ids).hidden_BTD)
+
+
+def test_nothing_pruned_changes_nothing(make_model):
+    model = make_model()
+    everything = {place: list(range(count)) for place, count in module_counts(model.config).items()}
+    ids = torch.randint(50, (2, 9))
+    assert torch.equal(prune.pruned_model(model, everything)(ids).hidden_BTD, model(ids).hidden_BTD)
+
+
+def test_curve(make_model):
+    model = make_model()
+    scores = scores_of(model.config)
+    points = prune.curve(
+        model.config,
+        [0.0, 0.3],
+        lambda share: prune.keep_share(model.config, scores, share),
+        lambda keep: float(sum(map(len, keep.values()))),
+        itemsize=4,
+        seq_len=12,
+    )
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert points[0].parameters == total and points[0].pruned_share == 0 and points[0].bytes == 4 * total
+    assert points[0].loss == 18 and points[1].loss == points[1].attention + points[1].mlp < 18
+    assert 0.2 < points[1].pruned_share <= 0.3 and points[1].flops_per_token < points[0].flops_per_token
