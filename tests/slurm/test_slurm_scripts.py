@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from megamf.train import parse
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path.name for path in (ROOT / "slurm").glob("pretrain_*.sh"))
+EVERY = sorted(path.name for path in (ROOT / "slurm").glob("*.sh"))
 
 SRUN = """#!/usr/bin/env bash
 printf '%s\\n' "$@" > "$RECORD/srun"
@@ -19,7 +21,12 @@ env > "$RECORD/env"
 exit "${SRUN_EXIT:-0}"
 """
 SCONTROL = """#!/usr/bin/env bash
-if [[ $1 == show ]]; then printf 'node7\\nnode8\\n'; else printf '%s\\n' "$@" > "$RECORD/scontrol"; fi
+case "$*" in
+  "show hostnames "*) printf 'node7\\nnode8\\n' ;;
+  "-o show node node7") echo "NodeName=node7 NodeAddr=${ADDRESS:-10.0.0.7} NodeHostName=node7" ;;
+  "-o show job 123456") echo "JobId=123456 JobState=${STATE:-RUNNING} Reason=None" ;;
+  *) printf '%s\\n' "$@" > "$RECORD/scontrol" ;;
+esac
 """
 
 
@@ -29,7 +36,8 @@ def submit(tmp_path, script, **variables):
     for folder in (checkout / "slurm", checkout / ".venv" / "bin", spool, stand_ins):
         folder.mkdir(parents=True, exist_ok=True)
     (checkout / ".venv" / "bin" / "activate").write_text("")
-    (checkout / "slurm" / "common.sh").write_text((ROOT / "slurm" / "common.sh").read_text())
+    for name in ("common.sh", "environment.sh"):
+        (checkout / "slurm" / name).write_text((ROOT / "slurm" / name).read_text())
     job = spool / "slurm_script"
     job.write_text((ROOT / "slurm" / script).read_text())
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
@@ -59,9 +67,16 @@ def started(tmp_path):
     return config, dict(line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines() if "=" in line)
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "common.sh"])
+@pytest.mark.parametrize("script", EVERY)
 def test_syntax(script):
     subprocess.run(["bash", "-n", str(ROOT / "slurm" / script)], check=True, timeout=60)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="there is no shellcheck")
+def test_shellcheck_finds_nothing():
+    command = ["shellcheck", "--shell=bash", "--external-sources", "--source-path=SCRIPTDIR", *EVERY]
+    done = subprocess.run(command, cwd=ROOT / "slurm", capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -93,7 +108,8 @@ def test_the_8b_script_starts_one_training_process_a_rank(tmp_path):
     assert config.model.n_layer == 48
     assert [(str(s.path), s.weight) for s in config.data.train] == [("/data/a", 0.7), ("/data/b", 1.0)]
     assert str(config.run.dir) == "runs/molm-700m-8b"
-    assert environment["MASTER_ADDR"] == "node7"
+    assert {"--label", "--wait=60", "--kill-on-bad-exit=0"} <= set((tmp_path / "srun").read_text().splitlines())
+    assert environment["MASTER_ADDR"] == "10.0.0.7"
     assert 1024 < int(environment["MASTER_PORT"]) < 65536
     assert environment["OMP_NUM_THREADS"] == environment["SRUN_CPUS_PER_TASK"] == "6"
     assert not (tmp_path / "scontrol").exists()
@@ -101,24 +117,77 @@ def test_the_8b_script_starts_one_training_process_a_rank(tmp_path):
 
 def test_variables_turn_it_into_a_nano_run(tmp_path):
     variables = {
-        "MEGAMF_PRESET": "nano", "MEGAMF_EP": "2", "MEGAMF_DEEPSPEED": "zero2", "MEGAMF_RUN_DIR": "/scratch/x",
+        "MEGAMF_PRESET": "nano", "MEGAMF_EP": "2", "MEGAMF_DEEPSPEED": "zero2", "MEGAMF_RUN_DIR": f"{tmp_path}/x",
         "MEGAMF_VALID": "/data/v", "MEGAMF_OVERRIDES": "train.steps=100 optim.lr=1e-3", "MEGAMF_MASTER_PORT": "4567",
     }  # fmt: skip
     assert submit(tmp_path, "pretrain_8b.sh", **variables).returncode == 0
     config, environment = started(tmp_path)
     assert (config.model.n_embd, config.parallel.ep, config.deepspeed) == (192, 2, "zero2")
-    assert (config.train.steps, config.optim.lr, str(config.run.dir)) == (100, 1e-3, "/scratch/x")
+    assert (config.train.steps, config.optim.lr, str(config.run.dir)) == (100, 1e-3, f"{tmp_path}/x")
     assert str(config.data.valid[0].path) == "/data/v"
     assert environment["MASTER_PORT"] == "4567"
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(75, True), (1, False), (2, False), (0, False)])
-def test_only_a_stop_with_a_checkpoint_goes_back_into_the_queue(tmp_path, code, requeued):
+@pytest.mark.parametrize(("code", "requeued"), [(75, True), (1, True), (137, True), (2, False), (0, False)])
+def test_what_may_succeed_next_time_goes_back_into_the_queue(tmp_path, code, requeued):
     assert submit(tmp_path, "pretrain_nano_cpu.sh", SRUN_EXIT=str(code)).returncode == code
     asked = tmp_path / "scontrol"
     assert asked.exists() is requeued
     if requeued:
         assert asked.read_text().split() == ["requeue", "123456"]
+
+
+@pytest.mark.parametrize(("state", "reason"), [("COMPLETING", "cancelled"), ("PENDING", "on its way back already")])
+def test_a_job_that_slurm_ends_is_left_alone(tmp_path, state, reason):
+    result = submit(tmp_path, "pretrain_nano_cpu.sh", SRUN_EXIT="75", STATE=state)
+    assert result.returncode == 75, reason
+    assert f"JobState={state}" in result.stdout
+    assert not (tmp_path / "scontrol").exists()
+
+
+def starts(tmp_path, **variables):
+    """One start: exit code, and whether the job was put back."""
+    (tmp_path / "scontrol").unlink(missing_ok=True)
+    result = submit(tmp_path, "pretrain_nano_cpu.sh", MEGAMF_RUN_DIR=f"{tmp_path}/run", **variables)
+    return result.returncode, (tmp_path / "scontrol").exists()
+
+
+def reach_step(tmp_path, step):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "run" / "checkpoints" / "latest").write_text(f"step-{step:08d}\n")
+
+
+def test_starts_without_a_new_checkpoint_are_counted(tmp_path):
+    reach_step(tmp_path, 8)
+    assert [starts(tmp_path, SRUN_EXIT="1") for _ in range(2)] == [(1, True)] * 2
+    assert starts(tmp_path, SRUN_EXIT="75") == (75, True)  # being stopped is no failure, and forgives none
+    reach_step(tmp_path, 7)  # going back is no progress
+    assert starts(tmp_path, SRUN_EXIT="1") == (1, False)
+    (tmp_path / "srun").unlink()
+    assert starts(tmp_path) == (1, False)  # a start that Slurm brought about
+    assert not (tmp_path / "srun").exists()
+
+
+def test_a_new_checkpoint_and_another_job_start_counting_again(tmp_path):
+    again = {"SRUN_EXIT": "1", "MEGAMF_MAX_FAILURES": "2"}
+    reach_step(tmp_path, 1)
+    assert starts(tmp_path, **again) == (1, True)
+    reach_step(tmp_path, 10)
+    assert starts(tmp_path, **again) == (1, True)
+    assert starts(tmp_path, **again) == (1, False)
+    (tmp_path / "run" / "slurm-starts").write_text("99 10 2\n")
+    assert starts(tmp_path, **again) == (1, True)
+    assert starts(tmp_path, SRUN_EXIT="0") == (0, False)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoints"]
+
+
+@pytest.mark.parametrize("name", ["MEGAMF_MAX_FAILURES", "MEGAMF_GRACE"])
+@pytest.mark.parametrize("value", ["0", "-1", "many"])
+def test_counts_are_whole_numbers(tmp_path, name, value):
+    result = submit(tmp_path, "pretrain_8b.sh", **{name: value})
+    assert result.returncode == 2
+    assert f"{name}={value}" in result.stderr
+    assert not (tmp_path / "srun").exists()
 
 
 @pytest.mark.parametrize("name", ["MEGAMF_TOKENIZER", "MEGAMF_TRAIN", "SLURM_JOB_ID", "SLURM_SUBMIT_DIR"])
