@@ -14,7 +14,7 @@ from fractions import Fraction
 from itertools import chain
 from math import floor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -73,6 +73,16 @@ class _Chunk:
     read: int = 0
 
 
+@dataclass(frozen=True)
+class Block:
+    """Documents in order: joined ids, the length of each in tokens and in UTF-8 bytes; `read` as in _Chunk."""
+
+    ids: np.ndarray
+    lengths: list[int]
+    sizes: np.ndarray
+    read: int
+
+
 @dataclass
 class _Output:
     writer: IndexedWriter
@@ -99,33 +109,85 @@ def prepare(
     the exact share, the same every time. The output does not depend on `workers`. `on_progress` is told the input
     bytes that were dealt with. Files appear when all is done; on any error nothing is left behind. Raises UserError.
     """
-    share = Fraction(repr(float(valid_fraction)))
-    if not 0 <= share < 1:
-        raise UserError(f"valid fraction {valid_fraction} must be at least 0 and below 1")
-    if workers is not None and workers < 1:
-        raise UserError(f"--workers {workers} must be at least 1")
-    output = Path(output)
-    prefixes = [Path(f"{output}-train"), Path(f"{output}-valid")] if share else [output]
-    if not overwrite:
-        refuse_existing(prefixes)
+    prefixes = output_prefixes(output, valid_fraction, overwrite)
     tokenizer = load_tokenizer(tokenizer_path, eod_token)
     bad = BadDocuments()
+    blocks = encoded_blocks(
+        parts, tokenizer, tokenizer_path, bad,
+        options=options, eod_token=eod_token, workers=workers, append_eod=append_eod, on_bad=on_bad,
+    )  # fmt: skip
+    facts = tokenizer_facts(tokenizer, append_eod)
+    return write_datasets(blocks, output, prefixes, facts, bad, valid_fraction, overwrite, on_progress)
+
+
+def output_prefixes(output: str | Path, valid_fraction: float, overwrite: bool) -> list[Path]:
+    """OUTPUT, or OUTPUT-train and OUTPUT-valid. UserError for a wrong fraction and for files that exist."""
+    if not 0 <= valid_fraction < 1:
+        raise UserError(f"valid fraction {valid_fraction} must be at least 0 and below 1")
+    prefixes = [Path(f"{output}-train"), Path(f"{output}-valid")] if valid_fraction else [Path(output)]
+    if not overwrite:
+        refuse_existing(prefixes)
+    return prefixes
+
+
+def tokenizer_facts(tokenizer: Tokenizer, append_eod: bool) -> dict[str, Any]:
+    """The fields of Metadata that do not depend on the documents."""
+    return {
+        "tokenizer": tokenizer.name,
+        "tokenizer_sha256": tokenizer.sha256,
+        "vocab_size": tokenizer.vocab_size,
+        "eod_id": tokenizer.eod_id,
+        "appended_eod": append_eod,
+    }
+
+
+def encoded_blocks(
+    parts: list[Part],
+    tokenizer: Tokenizer,
+    tokenizer_path: str | Path,
+    bad: BadDocuments,
+    *,
+    options: Options | None,
+    eod_token: str | None,
+    workers: int | None,
+    append_eod: bool,
+    on_bad: OnBad,
+) -> Iterator[Block]:
+    """The good documents of `parts`, tokenised, in order; the bad ones are counted in `bad`."""
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers {workers} must be at least 1")
     count = workers or default_workers(sum(part.size for part in parts))
     chunks = _chunks(read_documents(parts, options or Options()), bad, on_bad)
+    return _encode_all(chunks, tokenizer, tokenizer_path, eod_token, append_eod, count)
+
+
+def write_datasets(
+    blocks: Iterator[Block],
+    output: str | Path,
+    prefixes: list[Path],
+    facts: dict[str, Any],
+    bad: BadDocuments,
+    valid_fraction: float,
+    overwrite: bool,
+    on_progress: Callable[[int], None] = lambda read: None,
+) -> Prepared:
+    """Spread the documents over the prefixes and publish them together, or leave nothing behind."""
+    share = Fraction(repr(float(valid_fraction)))
     seen = 0
     with ExitStack() as stack:
         try:
             outputs = [
-                _Output(stack.enter_context(IndexedWriter(prefix, tokenizer.vocab_size, overwrite=overwrite)))
+                _Output(stack.enter_context(IndexedWriter(prefix, facts["vocab_size"], overwrite=overwrite)))
                 for prefix in prefixes
             ]
-            for chunk, ids, lengths in _encode_all(chunks, tokenizer, tokenizer_path, eod_token, append_eod, count):
-                held = [floor((seen + n + 1) * share) > floor((seen + n) * share) for n in range(len(lengths))]
-                seen += len(lengths)
-                _write(outputs, chunk, ids, lengths, np.array(held, dtype=bool))
-                on_progress(chunk.read)
+            for block in blocks:
+                count = len(block.lengths)
+                held = [floor((seen + n + 1) * share) > floor((seen + n) * share) for n in range(count)]
+                seen += count
+                _write(outputs, block, np.array(held, dtype=bool))
+                on_progress(block.read)
             _check_outputs(outputs, seen, bad, valid_fraction)
-            described = {prefix: _describe(out, tokenizer, append_eod) for prefix, out in zip(prefixes, outputs)}
+            described = {prefix: _describe(out, facts) for prefix, out in zip(prefixes, outputs)}
             for prefix, out in zip(prefixes, outputs):
                 out.writer.finish(described[prefix])
             for out in outputs:
@@ -179,11 +241,11 @@ def _encode_all(
     eod_token: str | None,
     append_eod: bool,
     workers: int,
-) -> Iterator[tuple[_Chunk, np.ndarray, list[int]]]:
+) -> Iterator[Block]:
     """Chunks with their joined ids and document lengths, in order, at most four chunks a worker ahead."""
     if workers == 1:
         for chunk in chunks:
-            yield chunk, *encode(tokenizer, [document.text for document in chunk.documents], append_eod)
+            yield _block(chunk, *encode(tokenizer, [document.text for document in chunk.documents], append_eod))
         return
     pool = ProcessPoolExecutor(
         workers,
@@ -197,16 +259,21 @@ def _encode_all(
             waiting.append((chunk, pool.submit(_work, [document.text for document in chunk.documents])))
             if len(waiting) >= 4 * workers:
                 done, future = waiting.popleft()
-                yield done, *future.result()
+                yield _block(done, *future.result())
         while waiting:
             done, future = waiting.popleft()
-            yield done, *future.result()
+            yield _block(done, *future.result())
     except BrokenProcessPool:
         raise UserError(
             f"a tokenising process was ended from outside (out of memory?); try fewer than {workers} --workers"
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _block(chunk: _Chunk, ids: np.ndarray, lengths: list[int]) -> Block:
+    sizes = np.array([document.num_bytes for document in chunk.documents], dtype=np.int64)
+    return Block(ids, lengths, sizes, chunk.read)
 
 
 def encode(tokenizer: Tokenizer, texts: list[str], append_eod: bool) -> tuple[np.ndarray, list[int]]:
@@ -247,15 +314,14 @@ def _work(texts: list[str]) -> tuple[np.ndarray, list[int]]:
     return encode(tokenizer, texts, append_eod)
 
 
-def _write(outputs: list[_Output], chunk: _Chunk, ids: np.ndarray, lengths: list[int], held: np.ndarray) -> None:
-    if not lengths:
+def _write(outputs: list[_Output], block: Block, held: np.ndarray) -> None:
+    if not block.lengths:
         return
-    sizes = np.array([document.num_bytes for document in chunk.documents])
-    held_tokens = np.repeat(held, lengths)
+    held_tokens = np.repeat(held, block.lengths)
     for out, chosen, tokens in ((outputs[0], ~held, ~held_tokens), (outputs[-1], held, held_tokens)):
         if chosen.any():
-            out.writer.add_documents(ids[tokens], np.array(lengths)[chosen].tolist())
-            out.num_bytes += int(sizes[chosen].sum())
+            out.writer.add_documents(block.ids[tokens], np.array(block.lengths)[chosen].tolist())
+            out.num_bytes += int(block.sizes[chosen].sum())
 
 
 def _check_outputs(outputs: list[_Output], seen: int, bad: BadDocuments, valid_fraction: float) -> None:
@@ -268,14 +334,6 @@ def _check_outputs(outputs: list[_Output], seen: int, bad: BadDocuments, valid_f
         )
 
 
-def _describe(out: _Output, tokenizer: Tokenizer, append_eod: bool) -> Metadata:
-    return Metadata(
-        tokenizer=tokenizer.name,
-        tokenizer_sha256=tokenizer.sha256,
-        vocab_size=tokenizer.vocab_size,
-        eod_id=tokenizer.eod_id,
-        appended_eod=append_eod,
-        documents=out.writer.num_documents,
-        tokens=out.writer.num_tokens,
-        bytes=out.num_bytes,
-    )
+def _describe(out: _Output, facts: dict[str, Any]) -> Metadata:
+    writer = out.writer
+    return Metadata(**facts, documents=writer.num_documents, tokens=writer.num_tokens, bytes=out.num_bytes)
