@@ -54,9 +54,12 @@ class StepResult:
 
 
 class Trainer:
-    """Builds model and engine for this rank's place in the grid and trains. Collective in every method."""
+    """Builds model and engine for this rank's place in the grid and trains. Collective in every method.
 
-    def __init__(self, config: RunConfig, loader: StepLoader, callbacks: Sequence[Callback] = ()) -> None:
+    `loader` is what `fit` reads from; None for those who bring their own batches to `train_step`.
+    """
+
+    def __init__(self, config: RunConfig, loader: StepLoader | None, callbacks: Sequence[Callback] = ()) -> None:
         self.config = config
         self.loader = loader
         self.callbacks = list(callbacks)

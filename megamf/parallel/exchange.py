@@ -101,7 +101,7 @@ class CountExchange:
         with torch.cuda.stream(stream):
             self.work.wait()
             self.device_splits = torch.stack([self.send_PL.sum(1), self.receive_PL.sum(1)])
-            self.host_splits = torch.empty(self.device_splits.shape, dtype=torch.int64, pin_memory=True)
+            self.host_splits = pinned(self.device_splits.shape)
             self.host_splits.copy_(self.device_splits, non_blocking=True)
             self.copied = torch.cuda.Event()
             self.copied.record(stream)
@@ -115,3 +115,8 @@ class CountExchange:
         torch.cuda.current_stream().wait_event(self.copied)
         send_P, receive_P = self.host_splits.tolist()
         return send_P, receive_P
+
+
+def pinned(shape: torch.Size) -> torch.Tensor:
+    """int64 in host memory that a GPU copies to by itself."""
+    return torch.empty(shape, dtype=torch.int64, pin_memory=True)
