@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from megamf import faults
 from megamf.apex import fused_adam
 from megamf.callbacks.checkpointing import Checkpointing, find_resume
 from megamf.callbacks.evaluation import Evaluation
@@ -18,8 +17,10 @@ from megamf.model.backends import Backends
 from megamf.ops import backend, grouped_linear, stickbreaking
 from megamf.parallel.launch import Process, process_group
 from megamf.parallel.zero import deepspeed_config
+from megamf.points import reach
 from megamf.rundir import check_writable, claim
 from megamf.trainer import Trainer
+from megamf.watchdog import Watchdog
 
 
 def check(config: RunConfig, num_ranks: int) -> None:
@@ -47,7 +48,7 @@ def build_trainer(
     Without `preemption`, which has noted signals for some time, one that notes them from here on is made.
     Whatever can be wrong with the input is found, on every rank alike, before the ranks meet.
     """
-    faults.reach("start", step=0)
+    reach("start", step=0)
     check(config, process.world)
     check_backends(config, process)
     train, valid = open_train(config), open_valid(config)
@@ -57,6 +58,8 @@ def build_trainer(
     check_writable(config.run.dir)
     claim(config, write=process.rank == 0)
     with ExitStack() as stack:
+        # Entered first, left last: leaving the process group may hang as well.
+        stack.enter_context(Watchdog(config.run.dir, process.rank, process.world, config.train.hang_timeout))
         preemption = preemption or stack.enter_context(Preemption())
         loader = stack.enter_context(step_loader(train, config, process))
         checkpointing = Checkpointing(config)
@@ -71,7 +74,8 @@ def build_trainer(
         if valid is not None:
             validation = stack.enter_context(step_loader(valid, config, process))
             callbacks.append(Evaluation(validation, valid_bytes_per_token(config)))
-        stack.enter_context(process_group(process))
+        stack.enter_context(process_group(process, 2 * config.train.hang_timeout))
+        stack.push(lambda kind, error, trace: checkpointing.writer.leave() if error is not None else None)
         yield Trainer(config, loader, callbacks), preemption
 
 

@@ -29,6 +29,7 @@ from megamf.errors import UserError
 # In the order of a run. `loss` is the one point with a value; `save.shard` comes before every tensor of a rank's files.
 POINTS = (
     "start",
+    "load",
     "data",
     "forward",
     "dispatch",

@@ -20,6 +20,7 @@ FREE = {
     "train.eval_every",
     "train.eval_batches",
     "train.loss_chunk",
+    "train.hang_timeout",
 }
 FREE_SECTIONS = {"checkpoint", "guards", "logging", "parallel"}
 

@@ -33,6 +33,7 @@ from megamf.parallel.state import create_moments, torch_optimizer
 from megamf.parallel.traffic import attention_strategy
 from megamf.parallel.update import gradient_square, skip_update
 from megamf.parallel.zero import build_engine, clip_gradients
+from megamf.points import reach
 from megamf.schedule import learning_rate
 
 
@@ -109,7 +110,7 @@ class Trainer:
             callback.on_train_start(self)
         self.agree_to_stop()
         while self.step < self.config.train.steps and not self.stopping:
-            faults.reach("data", step=self.step + 1)
+            reach("data", step=self.step + 1)
             result = self.train_step(self.loader.step(self.consumed))
             if result is None:
                 break
@@ -118,7 +119,7 @@ class Trainer:
                     callback.on_skip(self, result)
                 else:
                     callback.on_step_end(self, result)
-        faults.reach("end")
+        reach("end")
         for callback in self.callbacks:
             callback.on_train_end(self)
 
@@ -157,7 +158,7 @@ class Trainer:
         auxiliary = torch.zeros_like(cross_entropy)
         seen: Packed | None = None
         for last, batch in ((i == len(batches) - 1, batch) for i, batch in enumerate(batches)):
-            faults.reach("forward")
+            reach("forward")
             loss_sum, local = self.engine(*self.on_device(batch))
             loss_sum = faults.spoil("loss", loss_sum)
             loss = loss_sum / num_labels * shares
@@ -167,9 +168,9 @@ class Trainer:
                 loss = loss + added
                 auxiliary += value / shares
                 seen = summed if seen is None else seen.with_flat(seen.flat() + summed.flat())
-            faults.reach("backward", model=self.model)
+            reach("backward", model=self.model)
             self.engine.backward(loss)
-            faults.reach("gradients")
+            reach("gradients")
             if not last:
                 self.engine.step()
 
@@ -184,7 +185,7 @@ class Trainer:
             skip_update(self.engine)
         else:
             norm = self.update()
-            faults.reach("step")
+            reach("step")
             self.step += 1
             seen = None if seen is None else self.whole_batch_sums(seen)
         seconds = time.perf_counter() - began

@@ -31,6 +31,7 @@ from megamf.checkpoint import (
 from megamf.checkpoint.layout import step_path
 from megamf.config import RunConfig, to_tree
 from megamf.errors import UserError
+from megamf.heartbeat import beat
 from megamf.model.losses import Packed
 from megamf.parallel.state import (
     expected_names,
@@ -185,7 +186,7 @@ class Checkpointing(Callback):
 
     def _problems(self, trainer: "Trainer", path: Path) -> list[tuple[str, str]]:
         """(file, what is wrong) of a checkpoint, found by all ranks together, the same on all."""
-        problems = verify(path, rank=trainer.mesh.rank, num_ranks=trainer.mesh.world)
+        problems = verify(path, rank=trainer.mesh.rank, num_ranks=trainer.mesh.world, progress=lambda _: beat("verify"))
         everyone: list[Any] = [None] * trainer.mesh.world
         dist.all_gather_object(everyone, [(problem.file, problem.what) for problem in problems])
         return [item for share in everyone for item in share]

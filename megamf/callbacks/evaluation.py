@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from megamf import faults
 from megamf.callbacks.base import Callback
 from megamf.callbacks.module_load import load_summary, module_load
+from megamf.points import reach
 
 if TYPE_CHECKING:
     from megamf.data.loader import StepLoader
@@ -57,7 +57,7 @@ class Evaluation(Callback):
         sums = torch.zeros(2, dtype=torch.float64)
         routers = None
         for batch_index in range(trainer.config.train.eval_batches):
-            faults.reach("evaluation")
+            reach("evaluation")
             if trainer.agree_to_stop():
                 return None
             for batch in self.loader.step(batch_index * trainer.config.train.global_batch):

@@ -1,10 +1,16 @@
 """Saving beside training: a copy of the tensors, and one thread that writes it."""
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
+
+from megamf.heartbeat import pulse
+
+# After a failure: how long a save in flight may go without a tensor written before it is left torn.
+PATIENCE_S = 20.0
 
 
 def snapshot(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
@@ -14,9 +20,10 @@ def snapshot(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> di
 
 
 class BackgroundWriter:
-    """Runs one save at a time in a thread that the interpreter waits for at its end.
+    """Runs one save at a time in a thread.
 
-    An error of a save is raised again by the next `submit`, `wait` or `close`, once.
+    An error of a save is raised again by the next `submit`, `wait` or `close`, once. Who submits also waits, with
+    `close` after training and with `leave` after a failure: the interpreter does not.
     """
 
     def __init__(self) -> None:
@@ -36,8 +43,8 @@ class BackgroundWriter:
     def submit(self, fn: Callable[[], object]) -> None:
         """Start `fn` in the background, after waiting for the save before it. Raises that save's error instead."""
         self.wait()
-        # Not a daemon: a save that training ended upon is finished, not torn.
-        self._thread = threading.Thread(target=self._run, args=(fn,), name="checkpoint-writer", daemon=False)
+        # A daemon: a save that waits for the files of a rank that is dead must not keep this process.
+        self._thread = threading.Thread(target=self._run, args=(fn,), name="checkpoint-writer", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
@@ -52,6 +59,14 @@ class BackgroundWriter:
     def close(self) -> None:
         """The same as `wait`; the writer can be used again."""
         self.wait()
+
+    def leave(self, seconds: float = PATIENCE_S) -> None:
+        """Wait for the save in flight as long as it goes on, and no more than `seconds` on nothing. Raises nothing."""
+        count, deadline = pulse.count, time.monotonic() + seconds
+        while self.busy and time.monotonic() < deadline:
+            self._thread.join(0.1)
+            if pulse.count != count:
+                count, deadline = pulse.count, time.monotonic() + seconds
 
     def __enter__(self) -> "BackgroundWriter":
         return self

@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megamf import faults
 from megamf.checkpoint import layout
 from megamf.checkpoint.schema import FileEntry, TensorEntry
+from megamf.heartbeat import beat
+from megamf.points import reach
 
 CHUNK = 8 << 20
 
@@ -52,7 +53,7 @@ def write_shard(
     with open(path, "wb") as file, ThreadPoolExecutor(1) as hasher:
         file.write(header)
         for name, tensor in ordered:
-            faults.reach("save.shard")
+            reach("save.shard")
             flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
             content = memoryview(flat.numpy())
             crc = 0
@@ -60,6 +61,7 @@ def write_shard(
                 chunk = content[start : start + CHUNK]
                 hashed = hasher.submit(digest.update, chunk)
                 file.write(chunk)
+                beat("save.shard")
                 crc = zlib.crc32(chunk, crc)
                 hashed.result()
             size += len(content)
@@ -123,6 +125,7 @@ class Shard:
         Raises ShardError where the file has no such tensor of this dtype and shape, or ends early; OSError.
         """
         said = self._table.get(name)
+        reach("load")
         dtype, shape = layout.DTYPES[out.dtype][1], list(out.shape)
         if not isinstance(said, dict) or (said.get("dtype"), said.get("shape")) != (dtype, shape):
             raise ShardError(f"{name} is {said} in it, {dtype} {shape} in the manifest")

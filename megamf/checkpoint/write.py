@@ -17,7 +17,6 @@ from pydantic import ValidationError
 from torch import Tensor
 
 import megamf
-from megamf import faults
 from megamf.checkpoint import layout
 from megamf.checkpoint.files import (
     check_space,
@@ -40,6 +39,7 @@ from megamf.checkpoint.schema import (
 )
 from megamf.checkpoint.shard import num_bytes, write_shard
 from megamf.errors import UserError
+from megamf.points import reach
 
 MAX_FILE_BYTES = 2 << 30
 
@@ -51,7 +51,7 @@ def begin(root: Path, step: int, nonce: str) -> Path:
     """
     tmp = Path(root) / layout.temporary_name(step, nonce)
     try:
-        faults.reach("save.begin")
+        reach("save.begin")
         tmp.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise write_refused(error, tmp, None) from error
@@ -170,14 +170,14 @@ def finish(
         documents[layout.MANIFEST] = content
         documents[layout.MANIFEST_SUM] = f"{hashlib.sha256(content).hexdigest()}  {layout.MANIFEST}\n".encode()
         needed = sum(map(len, documents.values()))
-        faults.reach("save.manifest")
+        reach("save.manifest")
         for name, content in documents.items():
             write_durably(tmp / name, content)
         for rank in range(num_ranks):
             (tmp / layout.marker_name(rank)).unlink()
         fsync_directory(tmp)
         final = _make_visible(tmp, root, step)
-        faults.reach("save.latest")
+        reach("save.latest")
         replace_file(root / layout.LATEST, f"{final.name}\n".encode())
         return final
     except TimeoutError:
@@ -315,7 +315,7 @@ def _make_visible(tmp: Path, root: Path, step: int) -> Path:
         aside = root / f"{layout.REPLACED}{final.name}-{uuid.uuid4().hex[:8]}"
         os.rename(final, aside)
     try:
-        faults.reach("save.rename")
+        reach("save.rename")
         os.rename(tmp, final)
     except BaseException:
         if aside is not None:

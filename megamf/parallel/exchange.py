@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megamf import faults
+from megamf.points import reach
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Transfer:
 
     def start(self, x_RD: torch.Tensor, send_P: list[int], receive_P: list[int]) -> torch.Tensor:
         """The buffer that rows of x, in rank order, arrive in; not to be read before `wait`."""
-        faults.reach("dispatch")
+        reach("dispatch")
         x_RD = x_RD.contiguous()
         received = x_RD.new_empty(sum(receive_P), *x_RD.shape[1:])
         work = dist.all_to_all_single(received, x_RD, receive_P, send_P, group=self.group, async_op=True)

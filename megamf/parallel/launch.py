@@ -13,8 +13,9 @@ import torch
 
 from megamf.errors import UserError
 
-# A collective that waits longer than this has lost a rank; the job fails instead of hanging.
-TIMEOUT = datetime.timedelta(minutes=10)
+# A collective that waits longer than this has lost a rank. Training has a watchdog that notices far earlier, and tells
+# more; this is for everything else, and must not end a collective that waits for a long save.
+TIMEOUT_S = 1800.0
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,11 @@ def identify(environment: Mapping[str, str]) -> Process:
 
 
 @contextmanager
-def process_group(process: Process) -> Iterator[None]:
+def process_group(process: Process, timeout_s: float = 0.0) -> Iterator[None]:
     """Join the process group, NCCL on GPUs and gloo on CPUs, and leave it; inside another such block do nothing.
 
-    A lone process makes a group of one. Raises UserError where the processes cannot find each other.
+    A lone process makes a group of one. A collective fails after the longer of `timeout_s` and TIMEOUT_S. Raises
+    UserError where the processes cannot find each other.
     """
     if torch.distributed.is_initialized():
         yield
@@ -78,11 +80,16 @@ def process_group(process: Process) -> Iterator[None]:
     # the same vector instructions; gloo alone needs neither.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if process.device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=TIMEOUT, verbose=False)
+    timeout = datetime.timedelta(seconds=max(timeout_s, TIMEOUT_S))
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
     try:
         yield
-    finally:
-        torch.distributed.destroy_process_group()
+    except BaseException:
+        # Some rank may be gone, and leaving in good order would wait for it.
+        if process.world == 1:
+            torch.distributed.destroy_process_group()
+        raise
+    torch.distributed.destroy_process_group()
 
 
 def _quieten() -> None:

@@ -1,9 +1,11 @@
 import threading
+import time
 
 import pytest
 import torch
 
 from megamf.checkpoint import BackgroundWriter, Checkpoint, save, snapshot
+from megamf.heartbeat import beat
 
 
 def test_a_snapshot_does_not_follow_training():
@@ -53,11 +55,28 @@ def test_a_background_save_is_a_checkpoint(tmp_path):
     assert torch.equal(Checkpoint(tmp_path).tensor("a"), torch.ones(4))
 
 
-def test_the_interpreter_waits_for_the_save_at_its_end():
-    """It does for every thread that is not a daemon."""
+def test_after_a_failure_a_save_that_goes_on_is_waited_for():
+    def save_slowly():
+        for _ in range(8):
+            time.sleep(0.1)
+            beat("save.shard")
+        done.set()
+
+    done = threading.Event()
+    writer = BackgroundWriter()
+    writer.submit(save_slowly)
+    writer.leave(0.5)
+    assert done.is_set() and not writer.busy
+
+
+def test_after_a_failure_a_save_that_waits_for_nothing_is_left():
     gate = threading.Event()
-    with BackgroundWriter() as writer:
-        writer.submit(lambda: gate.wait(10))
-        (thread,) = [thread for thread in threading.enumerate() if thread.name == "checkpoint-writer"]
-        assert thread.is_alive() and not thread.daemon
-        gate.set()
+    writer = BackgroundWriter()
+    writer.submit(lambda: gate.wait(60))
+    began = time.monotonic()
+    writer.leave(0.3)
+    assert writer.busy and time.monotonic() - began < 30
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == "checkpoint-writer"]
+    assert thread.daemon, "the interpreter would wait for it"
+    gate.set()
+    writer.close()

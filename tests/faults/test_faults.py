@@ -108,7 +108,7 @@ def test_one_gradient_gets_one_nan_behind_a_finite_loss(ask):
     [
         ("[", "no JSON"),
         ('{"at": "data"}', "list of objects"),
-        ('[{"at": "lunch", "action": "kill"}]', "at='lunch' is none of start, data"),
+        ('[{"at": "lunch", "action": "kill"}]', "at='lunch' is none of start, load, data"),
         ('[{"at": "data", "action": "dance"}]', "action='dance' is none of kill"),
         ('[{"at": "data", "action": "kill", "stepp": 1}]', "unknown key 'stepp'"),
         ('[{"at": "data", "action": "nan"}]', "nan happens at loss or backward, not data"),
