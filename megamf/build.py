@@ -74,7 +74,7 @@ def build_trainer(
         if valid is not None:
             validation = stack.enter_context(step_loader(valid, config, process))
             callbacks.append(Evaluation(validation, valid_bytes_per_token(config)))
-        stack.enter_context(process_group(process, 2 * config.train.hang_timeout))
+        stack.enter_context(process_group(process))
         stack.push(lambda kind, error, trace: checkpointing.writer.leave() if error is not None else None)
         yield Trainer(config, loader, callbacks), preemption
 

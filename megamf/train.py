@@ -7,6 +7,7 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 from typing import TYPE_CHECKING
 
 from megamf.callbacks.preemption import Preemption
@@ -76,6 +77,14 @@ def job(arguments: argparse.Namespace, preemption: Preemption) -> int:
             raise
         print(f"megamf: rank {process.rank}: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
+    except Exception:
+        if process.world == 1:
+            raise
+        # At its end the interpreter would wait for threads and connections, and some rank may be gone for good.
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
 
 
 if __name__ == "__main__":

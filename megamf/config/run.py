@@ -125,8 +125,10 @@ class Train(Section):
     eval_every: NonNegativeInt = Field(0, description="steps between evaluations; 0 evaluates at the end only")
     eval_batches: PositiveInt = Field(16, description="global batches per evaluation")
     loss_chunk: PositiveInt = Field(4096, description="tokens whose logits are in memory at one time")
-    hang_timeout: NonNegativeFloat = Field(
+    hang_timeout: float = Field(
         600.0,
+        ge=0,
+        le=1800,
         description="seconds without a sign of life from any rank after which the watchdog writes the stacks and ends "
         "the job; longer than any pause between two micro batches or two tensors of a checkpoint; 0 turns it off",
     )

@@ -15,7 +15,7 @@ from megamf.errors import UserError
 
 # A collective that waits longer than this has lost a rank. Training has a watchdog that notices far earlier, and tells
 # more; this is for everything else, and must not end a collective that waits for a long save.
-TIMEOUT_S = 1800.0
+TIMEOUT = datetime.timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,10 @@ def identify(environment: Mapping[str, str]) -> Process:
 
 
 @contextmanager
-def process_group(process: Process, timeout_s: float = 0.0) -> Iterator[None]:
+def process_group(process: Process) -> Iterator[None]:
     """Join the process group, NCCL on GPUs and gloo on CPUs, and leave it; inside another such block do nothing.
 
-    A lone process makes a group of one. A collective fails after the longer of `timeout_s` and TIMEOUT_S. Raises
-    UserError where the processes cannot find each other.
+    A lone process makes a group of one. Raises UserError where the processes cannot find each other.
     """
     if torch.distributed.is_initialized():
         yield
@@ -80,8 +79,7 @@ def process_group(process: Process, timeout_s: float = 0.0) -> Iterator[None]:
     # the same vector instructions; gloo alone needs neither.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if process.device.type == "cuda" else "gloo"
-    timeout = datetime.timedelta(seconds=max(timeout_s, TIMEOUT_S))
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=TIMEOUT, verbose=False)
     try:
         yield
     except BaseException:

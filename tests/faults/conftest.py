@@ -72,6 +72,11 @@ class Job:
                 rank.send_signal(signal.SIGKILL)
             rank.wait()
 
+    @property
+    def alive(self) -> bool:
+        """Whether all ranks run."""
+        return all(rank.poll() is None for rank in self.ranks)
+
 
 @pytest.fixture(scope="session")
 def settings(corpus) -> dict:
