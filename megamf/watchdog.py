@@ -77,6 +77,10 @@ class Watchdog:
             heartbeat.file_of(self.heartbeats, self.rank).unlink(missing_ok=True)
             if path.stat().st_size == 0:
                 path.unlink()
+        # The last rank of a run that ended well leaves nothing.
+        for directory in (self.heartbeats, self.stacks):
+            with suppress(OSError):
+                directory.rmdir()
 
     def stack_path(self, rank: int, pid: int) -> Path:
         """Where the stacks of a process go."""
