@@ -21,18 +21,16 @@ from megamf.callbacks.base import Callback
 from megamf.config import RunConfig
 from megamf.data.loader import MicroBatch, StepLoader
 from megamf.guards import UpdateGuard
-from megamf.model import ModuleFormer, initialise
-from megamf.model.backends import Backends
-from megamf.model.losses import Packed, auxiliary_loss, routing_norm
+from megamf.model import ModuleFormer
+from megamf.model.losses import Packed, auxiliary_loss
 from megamf.model.objective import Objective
 from megamf.model.router import Router
-from megamf.parallel.context import make_context
 from megamf.parallel.dispatch import make_dispatchers
 from megamf.parallel.mesh import create_mesh
 from megamf.parallel.state import create_moments, torch_optimizer
 from megamf.parallel.traffic import attention_strategy
 from megamf.parallel.update import gradient_square, skip_update
-from megamf.parallel.zero import build_engine, clip_gradients
+from megamf.parallel.zero import build_engine, build_model, clip_gradients
 from megamf.points import reach
 from megamf.schedule import learning_rate
 
@@ -78,16 +76,11 @@ class Trainer:
             attention_strategy(config, self.mesh.world),
             recomputed=recomputed,
         )
-        model = ModuleFormer(
-            config.model,
-            self.dispatchers.mlp,
-            Backends.of(config),
-            make_context(self.mesh, recomputed=recomputed),
-            attention_dispatcher=self.dispatchers.attention,
-        )
+        model = build_model(config, self.mesh, self.dispatchers)
         model.set_activation_checkpointing(config.train.activation_checkpointing)
-        initialise(model, config.model, config.run.seed)
-        self.engine = build_engine(Objective(model, config.train.loss_chunk), config, self.mesh)
+        measure_rows = config.losses.routing_regularisation > 0
+        objective = Objective(model, config.train.loss_chunk, measure_rows=measure_rows)
+        self.engine = build_engine(objective, config, self.mesh)
         create_moments(self.engine)
         self.objective: Objective = self.engine.module
         self.model: ModuleFormer = self.objective.model
@@ -159,12 +152,12 @@ class Trainer:
         seen: Packed | None = None
         for last, batch in ((i == len(batches) - 1, batch) for i, batch in enumerate(batches)):
             reach("forward")
-            loss_sum, local = self.engine(*self.on_device(batch))
+            loss_sum, local, row_norm = self.engine(*self.on_device(batch))
             loss_sum = faults.spoil("loss", loss_sum)
             loss = loss_sum / num_labels * shares
             cross_entropy += loss_sum.detach() / num_labels
             if local is not None:
-                added, value, summed = self.added_losses(local, scope)
+                added, value, summed = self.added_losses(local, scope, row_norm)
                 loss = loss + added
                 auxiliary += value / shares
                 seen = summed if seen is None else seen.with_flat(seen.flat() + summed.flat())
@@ -200,7 +193,9 @@ class Trainer:
         self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
-    def added_losses(self, local: Packed, scope: Packed | None) -> tuple[torch.Tensor, torch.Tensor, Packed]:
+    def added_losses(
+        self, local: Packed, scope: Packed | None, row_norm: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, Packed]:
         """What one micro batch adds to the engine's loss, the value to report, and the sums it was evaluated at.
 
         The value is that of the whole scope, the same for every share; the gradient is that of this share.
@@ -214,9 +209,9 @@ class Trainer:
             factor = self.mesh.world * self.accumulation
         value = auxiliary_loss(local, scope, losses)
         added = value * factor
-        if losses.routing_regularisation:
+        if row_norm is not None:
             # No share but the whole, on every rank: the engine's average leaves it as it is.
-            norm = losses.routing_regularisation * routing_norm([router.expert_rows() for router in self.routers])
+            norm = losses.routing_regularisation * row_norm
             added, value = added + norm, value + norm
         return added, value.detach(), scope
 
@@ -232,7 +227,7 @@ class Trainer:
         with torch.no_grad():
             for batch in batches:
                 input_BT, _, start_BT = self.on_device(batch)
-                sums = self.objective.router_sums(input_BT, start_BT)
+                _, sums, _ = self.objective(input_BT, None, start_BT)
                 total = sums if total is None else total.with_flat(total.flat() + sums.flat())
         restore_random_state(self.device, state)
         return total.with_flat(self.total(total.flat()))

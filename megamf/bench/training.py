@@ -46,7 +46,7 @@ def training_step(
     input_BT, label_BT = token_BT[:, :-1].contiguous(), token_BT[:, 1:].contiguous()
 
     def step() -> None:
-        loss_sum, sums = objective(input_BT, label_BT, None)
+        loss_sum, sums, _ = objective(input_BT, label_BT, None)
         (loss_sum / (B * T) + auxiliary_loss(sums, sums, config.losses)).backward()
         if masters is parameters:
             optimizer.step()

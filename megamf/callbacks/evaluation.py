@@ -61,7 +61,7 @@ class Evaluation(Callback):
             if trainer.agree_to_stop():
                 return None
             for batch in self.loader.step(batch_index * trainer.config.train.global_batch):
-                loss, packed = trainer.objective(*trainer.on_device(batch))
+                loss, packed, _ = trainer.objective(*trainer.on_device(batch))
                 sums += torch.tensor([loss.item(), float((batch.label_BT != -100).sum())], dtype=torch.float64)
                 if packed is not None:
                     routers = packed if routers is None else routers.with_flat(routers.flat() + packed.flat())

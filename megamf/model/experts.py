@@ -33,11 +33,18 @@ class ExpertLinear(nn.Module):
         super().__init__()
         self.dispatcher = dispatcher
         self.backend = backend
-        self.weight = nn.Parameter(torch.empty(num_local, in_features, out_features))
+        self.shape = (num_local, in_features, out_features)
+        self.weight = nn.Parameter(torch.empty(self.shape))
 
-    def forward(self, x_RD: torch.Tensor, plan: Plan) -> torch.Tensor:
-        """x_RD, rows as the dispatcher grouped them by `plan` -> y_RF."""
-        return self.dispatcher.linear(x_RD, self.weight, plan, self.backend)
+    def forward(
+        self, x: torch.Tensor, plan: Plan, fans: tuple[int, int] | None = None, gate_NK: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x_RD, rows as the dispatcher grouped them by `plan` -> y_RF; with fans (in, out) as `routed_linear` does."""
+        if fans is None:
+            return self.dispatcher.linear(x, self.weight, plan, self.backend)
+        return routed_linear(
+            x, self.weight, plan.count_L, plan.order_R, in_fan=fans[0], out_fan=fans[1], gate_NK=gate_NK
+        )
 
 
 class RoutedExperts(nn.Module):
@@ -64,16 +71,16 @@ class RoutedExperts(nn.Module):
 
     def fuses(self, x: torch.Tensor, plan: Plan) -> bool:
         """Whether products gather and scatter rows themselves: rows and experts are all here, and Triton multiplies."""
-        all_here = plan.transport is None and len(self.local_experts) == self.num_experts
-        return all_here and implementation(x, self.experts.weight, self.backend) == "triton"
+        if plan.transport is not None or len(self.local_experts) != self.num_experts:
+            return False
+        # A stand-in: outside of its own module's call the weight itself may be elsewhere, in pieces.
+        w_LDF = x.new_empty(self.experts.shape, device="meta")
+        return implementation(x, w_LDF, self.backend) == "triton"
 
     def project_in(self, x_ND: torch.Tensor, plan: Plan, out_fan: int) -> torch.Tensor:
         """Only where `fuses`. x_ND -> h_RF in expert order (out_fan 0) or by copy (1), through `experts`."""
-        return routed_linear(x_ND, self.experts.weight, plan.count_L, plan.order_R, in_fan=plan.top_k, out_fan=out_fan)
+        return self.experts(x_ND, plan, (plan.top_k, out_fan))
 
     def project_out(self, h_RF: torch.Tensor, plan: Plan, gate_NK: torch.Tensor, in_fan: int) -> torch.Tensor:
         """Only where `fuses`. h_RF in expert order (in_fan 0) or by copy (1) -> y_ND, through `output_experts`."""
-        weight = self.output_experts.weight
-        return routed_linear(
-            h_RF, weight, plan.count_L, plan.order_R, in_fan=in_fan, out_fan=plan.top_k, gate_NK=gate_NK
-        )
+        return self.output_experts(h_RF, plan, (in_fan, plan.top_k), gate_NK)

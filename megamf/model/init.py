@@ -5,6 +5,7 @@ U(-1/d_in, 1/d_in), centroids N(0, 1), temperature 0; no scaling with depth.
 """
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -18,18 +19,25 @@ def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
     """Fill every parameter in place from (seed, its name, its expert). Independent of ranks and of device."""
     experts = expert_indices(model)
     for name, parameter in model.named_parameters():
-        if name in experts:
-            bound = 1.0 / parameter.shape[1]
-            for local, expert in enumerate(experts[name]):
-                parameter[local].copy_(_uniform(parameter[local], bound, seed, f"{name}.{expert}"))
-        elif name.endswith("expert_centroids"):
-            parameter.copy_(_normal(parameter, 1.0, seed, name))
-        elif ".ln_" in name and name.endswith("weight"):
-            parameter.fill_(1.0)
-        elif name.endswith(("bias", "temperature")):
-            parameter.zero_()
-        else:
-            parameter.copy_(_normal(parameter, config.initializer_range, seed, name))
+        parameter.copy_(initial_value(name, parameter.shape, config, seed, experts.get(name)))
+
+
+def initial_value(
+    name: str, shape: Sequence[int], config: ModelConfig, seed: int, experts: range | None = None
+) -> torch.Tensor:
+    """What `initialise` fills one parameter with, float32 on the CPU; `experts` for an expert tensor of this share."""
+    if experts is not None:
+        value_LDF = torch.empty(shape)
+        for local, expert in enumerate(experts):
+            value_LDF[local].uniform_(-1.0 / shape[1], 1.0 / shape[1], generator=_generator(seed, f"{name}.{expert}"))
+        return value_LDF
+    if name.endswith("expert_centroids"):
+        return _normal(shape, 1.0, seed, name)
+    if ".ln_" in name and name.endswith("weight"):
+        return torch.ones(shape)
+    if name.endswith(("bias", "temperature")):
+        return torch.zeros(shape)
+    return _normal(shape, config.initializer_range, seed, name)
 
 
 def expert_indices(model: nn.Module) -> dict[str, range]:
@@ -48,9 +56,5 @@ def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
-def _normal(like: torch.Tensor, std: float, seed: int, name: str) -> torch.Tensor:
-    return torch.empty(like.shape).normal_(0.0, std, generator=_generator(seed, name))
-
-
-def _uniform(like: torch.Tensor, bound: float, seed: int, name: str) -> torch.Tensor:
-    return torch.empty(like.shape).uniform_(-bound, bound, generator=_generator(seed, name))
+def _normal(shape: Sequence[int], std: float, seed: int, name: str) -> torch.Tensor:
+    return torch.empty(shape).normal_(0.0, std, generator=_generator(seed, name))

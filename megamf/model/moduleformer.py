@@ -4,7 +4,7 @@ Shapes: B batch, T query time, S key time, D width, V vocabulary.
 Parameter names are exactly those of the public checkpoints (without their mask buffers).
 """
 
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -16,16 +16,16 @@ from megamf.model.block import Block
 from megamf.model.cache import Cache
 from megamf.model.context import Context, LocalContext
 from megamf.model.dispatch import Dispatcher, LocalDispatcher
+from megamf.model.losses import cross_entropy_sum
 from megamf.model.mlp import ExpertMlp
 from megamf.model.router import RouterStats
 
 
-@dataclass
-class Output:
+class Output(NamedTuple):
     """hidden_BTD after the final norm; statistics of every router, layer by layer, attention before MLP."""
 
     hidden_BTD: torch.Tensor
-    stats: list[RouterStats] = field(default_factory=list)
+    stats: list[RouterStats]
 
 
 class Backbone(nn.Module):
@@ -86,6 +86,18 @@ class Backbone(nn.Module):
         return Output(self.ln_f(h_BTD), stats)
 
 
+class Head(nn.Linear):
+    """The language-model head: logits, or the summed cross entropy without ever holding all logits."""
+
+    def forward(
+        self, hidden: torch.Tensor, label_N: torch.Tensor | None = None, chunk: int | None = None
+    ) -> torch.Tensor:
+        """hidden [..., D] -> logits [..., V]; with labels hidden_ND -> scalar, see `cross_entropy_sum`."""
+        if label_N is None:
+            return super().forward(hidden)
+        return cross_entropy_sum(hidden, self.weight, label_N, chunk or hidden.shape[0])
+
+
 class ModuleFormer(nn.Module):
     """Backbone `transformer` and language-model head `lm_head`.
 
@@ -106,7 +118,7 @@ class ModuleFormer(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = Backbone(config, dispatcher, backends, context, attention_dispatcher=attention_dispatcher)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = Head(config.n_embd, config.vocab_size, bias=False)
 
     def forward(self, input_BT: torch.Tensor, **kwargs) -> Output:
         """See `Backbone.forward`; the head is applied apart, by `logits` or by the chunked loss."""

@@ -6,28 +6,31 @@ Shapes: B batch, T time.
 import torch
 from torch import nn
 
-from megamf.model.losses import Packed, cross_entropy_sum, pack
+from megamf.model.losses import Packed, pack, routing_norm
 from megamf.model.moduleformer import ModuleFormer
+from megamf.model.router import Router
 
 
 class Objective(nn.Module):
     """From a micro batch to the sums that losses are made of; knows neither weights of losses nor ranks."""
 
-    def __init__(self, model: ModuleFormer, loss_chunk: int) -> None:
+    def __init__(self, model: ModuleFormer, loss_chunk: int, *, measure_rows: bool = False) -> None:
         super().__init__()
         self.model = model
         self.loss_chunk = loss_chunk
+        self.measured = [m for m in model.modules() if isinstance(m, Router)] if measure_rows else []
 
     def forward(
-        self, input_BT: torch.Tensor, label_BT: torch.Tensor, start_BT: torch.Tensor | None
-    ) -> tuple[torch.Tensor, Packed | None]:
-        """Sum of the cross entropy over labels that are not -100 (scalar), and the router sums (None when dense)."""
-        output = self.model(input_BT, start_BT=start_BT)
-        loss = cross_entropy_sum(
-            output.hidden_BTD.flatten(0, 1), self.model.lm_head.weight, label_BT.flatten(), self.loss_chunk
-        )
-        return loss, pack(output.stats) if output.stats else None
+        self, input_BT: torch.Tensor, label_BT: torch.Tensor | None, start_BT: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, Packed | None, torch.Tensor | None]:
+        """Sum of the cross entropy over labels that are not -100 (scalar), the router sums, and the routing norm.
 
-    def router_sums(self, input_BT: torch.Tensor, start_BT: torch.Tensor | None) -> Packed:
-        """The router sums alone, without the head."""
-        return pack(self.model(input_BT, start_BT=start_BT).stats)
+        The first is None without labels (the head is not run), the second when dense, the third unless `measure_rows`.
+        Parameters may be in pieces outside of this call and of their module's: every use of them is inside.
+        """
+        output = self.model(input_BT, start_BT=start_BT)
+        loss = None
+        if label_BT is not None:
+            loss = self.model.lm_head(output.hidden_BTD.flatten(0, 1), label_BT.flatten(), self.loss_chunk)
+        norm = routing_norm([router.expert_rows() for router in self.measured]) if self.measured else None
+        return loss, pack(output.stats) if output.stats else None, norm

@@ -4,7 +4,6 @@ Shapes: N tokens, D width, E experts, K top-k, G router width.
 Source: the released ModuleFormer's gate. Softmax over all experts, then top-k; gates are not renormalised.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -29,8 +28,7 @@ class RouterStats(NamedTuple):
     tokens: torch.Tensor
 
 
-@dataclass
-class Routing:
+class Routing(NamedTuple):
     """expert_NK int64; gate_NK float32 (float64 for float64 models), the raw probabilities of the chosen."""
 
     expert_NK: torch.Tensor

@@ -1,11 +1,11 @@
 """Training state of a DeepSpeed engine as logical tensors: out for a checkpoint, in from one, for any layout.
 
 Shapes: L local experts. Names are `GROUP/NAME` with the groups of `megamf.checkpoint`; an expert tensor [L, in, out]
-leaves as one tensor [in, out] for every expert. Everything goes through DeepSpeed's per-parameter accessors; at stage
-0 the state is the torch optimizer's own.
+leaves as one tensor [in, out] for every expert. Everything goes through DeepSpeed's per-parameter accessors, one
+parameter at a time; at stage 0 the state is the torch optimizer's own, at stage 3 the weights are gathered too.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,9 +17,11 @@ from deepspeed.utils import (
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
+from torch import nn
 
 from megamf.checkpoint import Checkpoint
 from megamf.model.init import expert_indices
+from megamf.parallel import pieces
 from megamf.parallel.mesh import Mesh
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -48,23 +50,32 @@ def full_gradients(engine: Any, mesh: Mesh) -> dict[str, torch.Tensor]:
 
     To be called between the last backward of a step and the step itself. Collective; for tests and diagnosis.
     """
+    return _whole(engine, mesh, safe_get_full_grad)
+
+
+def full_weights(engine: Any, mesh: Mesh) -> dict[str, torch.Tensor]:
+    """State-dict key -> the whole logical tensor, float32 on the CPU; on every rank. Collective; as above."""
+    return _whole(engine, mesh, _weights)
+
+
+def _whole(engine: Any, mesh: Mesh, get: Callable[[nn.Parameter], torch.Tensor]) -> dict[str, torch.Tensor]:
     model = engine.module.model
     experts = expert_indices(model)
     found = {}
     for name, parameter in model.named_parameters():
-        gradient = safe_get_full_grad(parameter).detach().float().reshape(parameter.shape).contiguous()
+        share = get(parameter).detach().float().reshape(pieces.full_shape(parameter)).contiguous()
         if name in experts and mesh.ep > 1:
-            shares = [torch.empty_like(gradient) for _ in range(mesh.ep)]
-            dist.all_gather(shares, gradient, group=mesh.ep_group)
-            gradient = torch.cat(shares)
-        found[name] = gradient.cpu().clone()
+            shares = [torch.empty_like(share) for _ in range(mesh.ep)]
+            dist.all_gather(shares, share, group=mesh.ep_group)
+            share = torch.cat(shares)
+        found[name] = share.cpu().clone()
     return found
 
 
-def global_shapes(model: torch.nn.Module, mesh: Mesh) -> dict[str, tuple[int, ...]]:
+def global_shapes(model: nn.Module, mesh: Mesh) -> dict[str, tuple[int, ...]]:
     """State-dict key -> shape of the whole logical tensor (all experts), whatever share this rank holds."""
     experts = expert_indices(model)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes = {name: tuple(pieces.full_shape(parameter)) for name, parameter in model.named_parameters()}
     return {name: (shape[0] * mesh.ep, *shape[1:]) if name in experts else shape for name, shape in shapes.items()}
 
 
@@ -85,11 +96,11 @@ def refresh_masters(engine: Any) -> None:
     """After the weights were changed from outside: the optimizer's fp32 copies follow them."""
     if engine.zero_optimization_stage() > 0:
         for parameter in engine.module.model.parameters():
-            safe_set_full_fp32_param(parameter, parameter.detach().float())
+            _set_master(parameter, _weights(parameter).float())
 
 
-def _parameter_state(engine: Any, parameter: torch.nn.Parameter) -> Iterator[tuple[str, torch.Tensor]]:
-    yield "weights", parameter.detach()
+def _parameter_state(engine: Any, parameter: nn.Parameter) -> Iterator[tuple[str, torch.Tensor]]:
+    yield "weights", _weights(parameter)
     if engine.zero_optimization_stage() == 0:
         state = engine.optimizer.state[parameter]
         yield from ((key, state[key]) for key in MOMENTS)
@@ -97,6 +108,28 @@ def _parameter_state(engine: Any, parameter: torch.nn.Parameter) -> Iterator[tup
     if parameter.dtype != torch.float32:
         yield "master", safe_get_full_fp32_param(parameter)
     yield from ((key, safe_get_full_optimizer_state(parameter, key)) for key in MOMENTS)
+
+
+def _weights(parameter: nn.Parameter) -> torch.Tensor:
+    """The whole weights, live where they are whole."""
+    return pieces.gathered(parameter) if pieces.in_pieces(parameter) else parameter.detach()
+
+
+def _set_weights(parameter: nn.Parameter, value: torch.Tensor) -> None:
+    if pieces.in_pieces(parameter):
+        pieces.assign(parameter, value)
+    else:
+        parameter.copy_(value)
+
+
+def _set_master(parameter: nn.Parameter, value: torch.Tensor) -> None:
+    setter = pieces.set_master if pieces.in_pieces(parameter) else safe_set_full_fp32_param
+    setter(parameter, value)
+
+
+def _set_moment(parameter: nn.Parameter, value: torch.Tensor, key: str) -> None:
+    setter = pieces.set_moment if pieces.in_pieces(parameter) else safe_set_full_optimizer_state
+    setter(parameter, value, key)
 
 
 def optimizer_step(engine: Any) -> int:
@@ -118,13 +151,13 @@ def torch_optimizer(engine: Any) -> torch.optim.Optimizer:
 
 
 @torch.no_grad()
-def load_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
+def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Fill the parameters of a model (a rank's share of it) with the best precision the checkpoint has."""
     experts = expert_indices(model)
     masters = set(checkpoint.logical_shapes("master"))
     for name, parameter in model.named_parameters():
         group = "master" if name in masters else "weights"
-        parameter.copy_(_read(checkpoint, name, group, experts))
+        _set_weights(parameter, _read(checkpoint, name, group, experts))
 
 
 @torch.no_grad()
@@ -144,16 +177,16 @@ def load_state(engine: Any, checkpoint: Checkpoint, step: int) -> None:
         weights = _read(checkpoint, name, "weights", experts)
         master = _read(checkpoint, name, "master", experts) if name in masters else weights.float()
         # A run that changes its precision continues from the better copy.
-        parameter.copy_(weights if parameter.dtype == weights.dtype else master)
+        _set_weights(parameter, weights if parameter.dtype == weights.dtype else master)
         moments = {key: _read(checkpoint, name, key, experts).to(parameter.device) for key in MOMENTS}
         if engine.zero_optimization_stage() == 0:
             state = engine.optimizer.state[parameter]
             for key, value in moments.items():
                 state[key].copy_(value)
             continue
-        safe_set_full_fp32_param(parameter, master.to(parameter.device))
+        _set_master(parameter, master.to(parameter.device))
         for key, value in moments.items():
-            safe_set_full_optimizer_state(parameter, value, key)
+            _set_moment(parameter, value, key)
 
 
 def _read(checkpoint: Checkpoint, name: str, group: str, experts: dict[str, range]) -> torch.Tensor:
@@ -170,12 +203,15 @@ def create_moments(engine: Any) -> None:
     """
     optimizer = torch_optimizer(engine)
     in_groups = _counts_in_groups(optimizer)
-    for group in optimizer.param_groups:
-        if in_groups:
+    stage = engine.zero_optimization_stage()
+    if in_groups:
+        for group in optimizer.param_groups:
             group["step"] = 0
-        for tensor in group["params"]:
-            optimizer.state[tensor] = {key: torch.zeros_like(tensor) for key in MOMENTS}
-            if not in_groups:
-                optimizer.state[tensor]["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
-    if engine.zero_optimization_stage() > 0:
+    # Stage 3 hands its flat tensors to the optimizer one at a time, during the step alone.
+    flat = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)
+    for tensor in flat if stage == 3 else [tensor for group in optimizer.param_groups for tensor in group["params"]]:
+        optimizer.state[tensor] = {key: torch.zeros_like(tensor) for key in MOMENTS}
+        if not in_groups:
+            optimizer.state[tensor]["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
+    if stage in (1, 2):
         engine.optimizer._lazy_init_hp_params_optimizer_state()

@@ -1,4 +1,5 @@
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ def written(tmp_path, tree) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_auto_is_filled_from_the_run(stage):
     filled = deepspeed_config(load_config(overrides=[*SMALL, f"deepspeed=zero{stage}", "optim.clip=0.7"]), 4)
     assert filled["train_micro_batch_size_per_gpu"] == 2
@@ -33,10 +34,24 @@ def test_auto_is_filled_from_the_run(stage):
     [
         ({"gradient_accumulation_steps": 3}, [], r"gradient_accumulation_steps=3.*says 2"),
         ({"bf16": {"enabled": True}}, [], r"bf16\.enabled=True.*says False"),
-        ({"zero_optimization": {"stage": 3}}, [], r"stage=3 is not supported"),
+        ({"zero_optimization": {"stage": 4}}, [], r"stage=4 is not supported; stages: 0, 1, 2, 3"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
+            [],
+            "offload_param.*offload_optimizer",
+        ),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, [], "zero_hpz_partition_size=2"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, [], "zero_quantized_gradients=True"),
         ({"fp16": {"enabled": True}}, [], "fp16"),
         ({"optimizer": {"type": "Adam"}}, [], "section 'optimizer'"),
-        ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}, [], "offload_optimizer"),
+        ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, [], "stage is 0.*zero2_offload"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, [], "'nvme' is not supported"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.3}}}, [], "ratio=0.3"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
+            ["optim.implementation=apex"],
+            "optim.implementation=torch",
+        ),
         ({"unknown_size": "auto"}, [], "unknown_size"),
         ({"zero_optimization": {"stage": 0}}, ["train.precision=bf16"], "bf16.*stage 0"),
         ("{", [], "not valid JSON"),
@@ -63,7 +78,7 @@ def test_shared_sequences_count_once_in_the_json_and_for_every_rank_in_the_engin
 
 
 def test_missing_file_lists_the_packaged_ones():
-    with pytest.raises(ConfigError, match="zero0, zero1, zero2"):
+    with pytest.raises(ConfigError, match="zero0, zero1, zero2, zero2_offload, zero3, zero3_offload"):
         deepspeed_config(load_config(overrides=[*SMALL, "deepspeed=zero9"]), 4)
 
 
@@ -88,9 +103,31 @@ def test_only_matrices_decay_and_experts_are_apart():
             assert group == "ep_size_2"
 
 
-@pytest.mark.parametrize(("recognised", "stage"), [(False, 1), (True, 3)])
-def test_an_engine_that_would_average_experts_is_refused(recognised, stage):
+@pytest.mark.parametrize(
+    ("recognised", "stage", "ranks"), [(False, 1, [0]), (False, 3, [0]), (True, 4, [0]), (True, 3, [0, 1])]
+)
+def test_an_engine_that_would_average_experts_is_refused(monkeypatch, recognised, stage, ranks):
+    """At stage 3 the pieces must lie on the replicas, here rank 0 alone."""
+    monkeypatch.setattr("torch.distributed.get_process_group_ranks", lambda group: group)
     engine = SimpleNamespace(has_moe_layers=recognised, zero_optimization_stage=lambda: stage)
+    expert = SimpleNamespace(ds_process_group=ranks, ds_zero_placement_family="autoep_expert", ds_shape=(2, 3, 4))
+    mesh = SimpleNamespace(edp_group=[0])
     with pytest.raises(RuntimeError, match="expert"):
-        check_engine(engine, has_experts=True)
-    check_engine(engine, has_experts=False)
+        check_engine(engine, [expert], mesh)
+    check_engine(engine, [], mesh)
+
+
+def test_stage_3_with_experts_names_the_version_it_needs(monkeypatch):
+    """An older DeepSpeed does not know experts at stage 3 and would average them over all ranks."""
+    monkeypatch.setitem(sys.modules, "deepspeed.module_inject.auto_ep_layer", None)
+    overrides = [*SMALL, "deepspeed=zero3"]
+    deepspeed_config(load_config(overrides=overrides), 4)
+    with pytest.raises(ConfigError, match=r"needs DeepSpeed 0\.19\.8.*parallel\.ep=1.*deepspeed=zero2"):
+        deepspeed_config(load_config(overrides=[*overrides, "parallel.ep=2"]), 4)
+
+
+@pytest.mark.parametrize("name", ["zero2_offload", "zero3_offload"])
+def test_offload_needs_no_compiler(name):
+    filled = deepspeed_config(load_config(overrides=[*SMALL, f"deepspeed={name}"]), 4)
+    assert filled["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    assert filled["zero_force_ds_cpu_optimizer"] is False

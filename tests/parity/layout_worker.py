@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from megamf.config import RunConfig, validate
 from megamf.data.loader import StepLoader, document_end, open_train
 from megamf.parallel.launch import identify, process_group
-from megamf.parallel.state import full_gradients
+from megamf.parallel.state import full_gradients, full_weights
 from megamf.trainer import Trainer
 
 
 def run_case(config: RunConfig, steps: int) -> tuple[dict[str, torch.Tensor], dict[str, list[float]]]:
-    """Gradients of the first step, and losses and gradient norms of all."""
+    """Gradients of the first step and weights after it, and losses and gradient norms of all."""
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     train = config.train
     loader = StepLoader(
@@ -33,14 +33,17 @@ def run_case(config: RunConfig, steps: int) -> tuple[dict[str, torch.Tensor], di
     )
     with loader:
         trainer = Trainer(config, loader)
-        gradients: dict[str, torch.Tensor] = {}
+        seen_tensors = {
+            f"initial/{name}": tensor for name, tensor in full_weights(trainer.engine, trainer.mesh).items()
+        }
         engine_backward = trainer.engine.backward
 
         def backward_and_look(loss: torch.Tensor) -> None:
             engine_backward(loss)
             # Before clipping, which stage 0 does right after this.
             if trainer.step == 0 and trainer.engine.is_gradient_accumulation_boundary():
-                gradients.update(full_gradients(trainer.engine, trainer.mesh))
+                found = full_gradients(trainer.engine, trainer.mesh)
+                seen_tensors.update({f"gradient/{name}": tensor for name, tensor in found.items()})
 
         trainer.engine.backward = backward_and_look
         seen: dict[str, list[float]] = {"loss": [], "aux_loss": [], "grad_norm": []}
@@ -48,7 +51,10 @@ def run_case(config: RunConfig, steps: int) -> tuple[dict[str, torch.Tensor], di
             result = trainer.train_step(loader.step(trainer.consumed))
             for key, values in seen.items():
                 values.append(getattr(result, key))
-    return gradients, seen
+            if trainer.step == 1:
+                found = full_weights(trainer.engine, trainer.mesh)
+                seen_tensors.update({f"stepped/{name}": tensor for name, tensor in found.items()})
+    return seen_tensors, seen
 
 
 def main() -> None:
@@ -56,9 +62,9 @@ def main() -> None:
     out, cases = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
     with process_group(identify(os.environ)):
         for name, case in cases.items():
-            gradients, seen = run_case(validate(case["config"]), case["steps"])
+            tensors, seen = run_case(validate(case["config"]), case["steps"])
             if torch.distributed.get_rank() == 0:
-                save_file(gradients, out / f"{name}.safetensors")
+                save_file(tensors, out / f"{name}.safetensors")
                 (out / f"{name}.json").write_text(json.dumps(seen))
 
 
