@@ -8,12 +8,9 @@ from pathlib import Path
 
 import torch
 
-from megamf.data.indexed import IndexedDataset
-from megamf.errors import UserError
-from megamf.evaluate.perplexity import Windows
 from megamf.model import ModuleFormer
-from megamf.modularity.places import Place, places
-from megamf.modularity.statistics import batches
+from megamf.modularity.inputs import module_inputs
+from megamf.modularity.places import Place
 
 
 @torch.no_grad()
@@ -31,7 +28,7 @@ def similarity(
     output for the values of x, and the smaller similarity counts: a duplicate must both look and answer alike.
     Raises UserError for data without two tokens.
     """
-    inputs = _inputs(model, prefix, seq_len, tokens)
+    inputs = module_inputs(model, prefix, seq_len, tokens)
     found = {}
     for done, place in enumerate(inputs, start=1):
         layer = model.get_submodule(f"transformer.h.{place.layer}")
@@ -65,27 +62,3 @@ def _cosines(y_END: list[torch.Tensor]) -> torch.Tensor:
     flat = torch.stack([y.flatten().float() for y in y_END])
     flat = flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-30)
     return (flat @ flat.t()).clamp(-1, 1).cpu()
-
-
-def _inputs(model: ModuleFormer, prefix: str | Path, seq_len: int, tokens: int) -> dict[Place, torch.Tensor]:
-    """The first `tokens` inputs of every place's modules (after the layer norm)."""
-    seen: dict[Place, list[torch.Tensor]] = {place: [] for place in places(model.config)}
-    hooks = []
-    for place, kept in seen.items():
-        block = model.get_submodule(f"transformer.h.{place.layer}")
-        norm = block.ln_1 if place.kind == "attention" else block.ln_2
-        hooks.append(norm.register_forward_hook(lambda _, __, out, kept=kept: kept.append(out.flatten(0, 1))))
-    device, count = model.lm_head.weight.device, 0
-    try:
-        with IndexedDataset(prefix) as dataset:
-            for input_BT, start_BT in batches(Windows(dataset, seq_len), 1, None, model.config.vocab_size):
-                model(input_BT.to(device), start_BT=start_BT.to(device))
-                count += input_BT.numel()
-                if count >= tokens:
-                    break
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not count:
-        raise UserError(f"{prefix} holds fewer than two tokens: nothing to look at")
-    return {place: torch.cat(kept)[:tokens] for place, kept in seen.items()}

@@ -112,3 +112,56 @@ def test_mistakes(checkpoint, tmp_path, capsys, arguments, message):
     assert run(main, ["prune", str(checkpoint), str(tmp_path / "out"), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_insert_and_merge(checkpoint, data, tmp_path, capsys):
+    prefix, use = data("prose", 0, 64), tmp_path / "use.json"
+    assert main(["show", str(checkpoint), "--data", prefix, "--json", str(use)]) == 0
+    grown = tmp_path / "grown"
+    words = ["--mlp", "2", "--copy", "--noise", "0", "--rows", "copy", "--statistics", str(use)]
+    assert main(["insert", str(checkpoint), str(grown), *words]) == 0
+    with Checkpoint(grown) as large:
+        assert large.model["n_mlp_experts"] == 8 and large.model["n_att_experts"] == 4
+        assert sum(row.provenance == "inserted" for row in large.modules) == 4
+    # The copies are duplicates, found again and made one.
+    back = tmp_path / "back"
+    assert main(["merge", str(grown), str(back), "--duplicates", "0.99999", "--data", prefix]) == 0
+    with Checkpoint(back) as small, Checkpoint(checkpoint) as first:
+        assert small.model["n_mlp_experts"] == 6
+        assert sum(row.provenance == "merged" for row in small.modules) == 4
+        key = "transformer.h.0.mlpf.experts.weight"
+        assert torch.allclose(small.full(key), first.full(key), atol=1e-6)
+    transplanted = tmp_path / "transplanted"
+    words = ["--attention", "1", "--transplant", str(grown), "--statistics", str(use)]
+    assert run(main, ["insert", str(checkpoint), str(transplanted), *words]) == 2
+    assert "statistics are of another model" in capsys.readouterr().err
+    # Modules of another history do not average; a checkpoint with itself does.
+    average = tmp_path / "average"
+    assert run(main, ["merge", str(checkpoint), str(average), "--with", str(back)]) == 2
+    assert "do not have the same modules" in capsys.readouterr().err
+    assert main(["merge", str(checkpoint), str(average), "--with", str(checkpoint), "--weights", "3", "1"]) == 0
+    with Checkpoint(average) as same, Checkpoint(checkpoint) as first:
+        assert all(torch.equal(same.full(key), first.full(key)) for key in first.logical_shapes())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["insert"], "nothing to insert"),
+        (["insert", "--mlp", "1", "--copy"], "does not say how often"),
+        (["insert", "--mlp", "1", "--noise", "0.1"], "belongs to --copy"),
+        (["insert", "--mlp", "1", "--rows", "quiet"], "needs --data"),
+        (["insert", "--mlp", "1", "--rows", "copy"], "give --copy"),
+        (["insert", "--mlp", "1", "--transplant", "{tmp}/nowhere"], "nowhere"),
+        (["merge"], "give either --with"),
+        (["merge", "--duplicates", "0.9"], "give --data"),
+        (["merge", "--with", "{ck}", "--weights", "1"], "1 values for 2 checkpoints"),
+        (["merge", "--with", "{ck}", "--tasks", "1", "2", "3"], "1 tuned checkpoints and 3 scales"),
+    ],
+)
+def test_mistakes_of_insert_and_merge(checkpoint, tmp_path, capsys, arguments, message):
+    action, *rest = (argument.format(tmp=tmp_path, ck=checkpoint) for argument in arguments)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert run(main, [action, str(checkpoint), str(tmp_path / "out"), *rest]) == 2
+    assert message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before

@@ -1,0 +1,47 @@
+"""What the actions of `megamf modules` share."""
+
+import argparse
+from pathlib import Path
+
+from megamf.data.tokenizer import load_tokenizer
+from megamf.errors import UserError
+from megamf.evaluate.load import DTYPES, check_vocabulary, load_model
+from megamf.evaluate.weights import trained_length
+from megamf.modularity.statistics import Statistics, collect, read_statistics
+from megamf.tools._models import device_of, positive, progress
+
+
+def data_options(parser: argparse.ArgumentParser, *, required: bool, nargs: str | None) -> None:
+    parser.add_argument(
+        "--data", nargs=nargs, required=required, metavar="PREFIX", help="made by `megamf prepare`, without .bin"
+    )
+    parser.add_argument("--tokenizer", metavar="PATH", help="checked against the model")
+    parser.add_argument("--seq-len", type=positive, metavar="N", help="tokens of a window (as in training)")
+    parser.add_argument("--batch", type=positive, default=8, metavar="N", help="windows computed at one time (8)")
+    parser.add_argument(
+        "--max-batches", type=positive, metavar="N", help="at most so many batches, spread evenly over each dataset"
+    )
+
+
+def load(args: argparse.Namespace):
+    device = device_of(args)
+    tokenizer = None if args.tokenizer is None else load_tokenizer(args.tokenizer)
+    model, config = load_model(args.checkpoint, DTYPES[args.dtype], device)
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, config.vocab_size)
+    return model, args.seq_len or trained_length(args.checkpoint)
+
+
+def watch(args: argparse.Namespace, model, seq_len: int, prefix: str) -> Statistics:
+    with progress(f"watching modules on {Path(prefix).name}") as advance:
+        return collect(model, prefix, seq_len=seq_len, batch=args.batch, max_batches=args.max_batches, on_batch=advance)
+
+
+def one_dataset(path: Path) -> Statistics:
+    """The statistics in a file of `modules show --json`. Raises UserError unless they are of one dataset."""
+    found = read_statistics(path)
+    if len(found) != 1:
+        raise UserError(
+            f"{path} holds {len(found)} datasets, one is needed: `megamf modules show --data` with that one"
+        )
+    return found[0]
