@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from megamf.config import RunConfig, to_tree, validate
-from megamf.data.loader import MicroBatch
+from megamf.data.loader import MicroBatch, part_of
 from megamf.parallel.launch import Process, free_port, process_group
 from megamf.plan.devices import measure_peak
 from megamf.plan.live import LiveBytes
@@ -88,13 +88,15 @@ def measure(cases: dict[str, RunConfig], world: int, *, repeats: int, seconds_li
 
 
 def random_batches(config: RunConfig, world: int, step: int, rank: int) -> list[MicroBatch]:
-    """The micro batches of one step: random tokens, one document a row."""
-    generator = torch.Generator().manual_seed(1000 * step + rank)
+    """The micro batches of one step: random tokens, one document a row; a rank's part where rows are split."""
+    context = config.parallel.context
+    generator = torch.Generator().manual_seed(1000 * step + rank // context)
     B, T = config.train.micro_batch, config.train.seq_len
     found = []
-    for _ in range(config.train.accumulation_steps(world)):
+    for _ in range(config.accumulation_steps(world)):
         token_BT = torch.randint(config.model.vocab_size, (B, T + 1), generator=generator)
-        found.append(MicroBatch(token_BT[:, :-1].contiguous(), token_BT[:, 1:].contiguous(), None))
+        whole = MicroBatch(token_BT[:, :-1].contiguous(), token_BT[:, 1:].contiguous(), None)
+        found.append(part_of(whole, rank % context, context))
     return found
 
 

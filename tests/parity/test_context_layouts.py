@@ -11,7 +11,7 @@ from megamf.checkpoint import Checkpoint, verify
 
 STEPS = 10
 # (context, ep, ZeRO stage): four ranks, then two.
-FOUR = [(context, ep, stage) for context in (2, 4) for ep in (1, 2) for stage in (0, 1, 2)] + [(2, 4, 1), (4, 4, 2)]
+FOUR = [(context, ep, stage) for context in (2, 4) for ep in (1, 2) for stage in (0, 1, 2)]
 TWO = [(2, 1, 1), (2, 2, 0), (2, 2, 2)]
 # K is not V; K = V; no experts. Documents of 1 to 60 tokens in rows of 32: chunks of 4 tokens cut nearly all of them.
 MODELS = {
@@ -28,6 +28,7 @@ def config(
     micro_batch: int,
     train: dict | None = None,
     directory: Path | None = None,
+    strategy: str = "auto",
     mask: bool = True,
 ) -> dict:
     context, ep, stage = layout
@@ -45,7 +46,7 @@ def config(
             "steps": STEPS, "seq_len": 32, "micro_batch": micro_batch, "global_batch": 8, "eval_every": 5,
             "eval_batches": 2, **(train or {}),
         },
-        "parallel": {"context": context, "ep": ep},
+        "parallel": {"context": context, "ep": ep, "attention_experts": strategy},
         "checkpoint": {"every": 4, "keep": 0},
         "logging": {"tensorboard": False},
         "deepspeed": f"zero{stage}",
@@ -78,11 +79,10 @@ def results(corpus, launch, tmp_path_factory) -> Path:
     four = {name_of(layout): case("projected", layout, 2 * layout[0]) for layout in FOUR}
     four |= {
         "shared": case("shared", (4, 2, 1), 8),
-        "accumulated": case("shared", (2, 2, 2), 1),
-        "recomputed": case("shared", (2, 4, 1), 4, train={"activation_checkpointing": "full"}),
+        "accumulated": case("shared", (2, 2, 2), 1, strategy="gather_weights"),
+        "recomputed": case("shared", (2, 4, 1), 4, train={"activation_checkpointing": "full"}, strategy="move_tokens"),
         "dense": case("dense", (4, 1, 1), 8, steps=2, mask=False),
         "bf16": case("shared", (4, 2, 2), 8, train={"precision": "bf16"}),
-        "bf16-again": case("shared", (4, 2, 2), 8, train={"precision": "bf16"}),
     }
     two = {name_of(layout): case("projected", layout, 4) for layout in TWO}
     whole = (1, 1, 1)
@@ -160,8 +160,6 @@ def test_low_precision(results):
     one, split = (json.loads((results / group / "bf16.json").read_text()) for group in ("one", "four"))
     np.testing.assert_allclose(split["loss"], one["loss"], atol=3e-2)
     np.testing.assert_allclose(split["grad_norm"], one["grad_norm"], rtol=5e-2)
-    again = json.loads((results / "four" / "bf16-again.json").read_text())
-    assert again == split, "the same run twice, bit for bit"
 
 
 def lines(run: Path, key: str) -> dict[int, float]:
