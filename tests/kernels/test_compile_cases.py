@@ -34,7 +34,7 @@ def test_what_misses_a_limit_is_said():
     assert case.problem(fine) == ""
     found = case.problem(Compiled(9, 9, SHARED_LIMIT[80] + 1, {"mma": 2}, 1.0))
     assert "spills 9 bytes, the limit is 8" in found and "shared memory" in found and "has no wgmma" in found
-    assert Case("", "", 80, case.launch, needs=frozenset({"mma"})).problem(fine) == ""  # wgmma is one
+    assert Case("", "", 80, case.launch, 8, frozenset({"mma"})).problem(fine) == ""  # wgmma is one
 
 
 def test_the_report_of_ptxas_is_read_kernel_by_kernel():
