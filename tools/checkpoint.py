@@ -1,6 +1,6 @@
-"""Show what a checkpoint holds, and verify that it is whole.
+"""Show what a checkpoint holds, verify that it is whole, repack it.
 
-`megamf checkpoint show PATH` and `megamf checkpoint verify PATH`, where PATH is a step directory, the directory
+`megamf checkpoint show PATH`, `verify PATH` and `reshard PATH OUT`, where PATH is a step directory, the directory
 that holds such (its `latest` is taken), or a run directory.
 """
 
@@ -18,17 +18,18 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from megamf.checkpoint import Checkpoint, DamagedCheckpoint, Problem, list_steps, resolve, verify
-from megamf.checkpoint.layout import DTYPE_OF_NAME, LATEST, split_name, step_path
+from megamf.checkpoint import Checkpoint, DamagedCheckpoint, Problem, list_steps, reshard, resolve, verify
+from megamf.checkpoint.layout import DTYPE_OF_NAME, LATEST, SHARD_SUFFIX, WEIGHTS, split_name, step_path
 from megamf.checkpoint.verify import read_manifest
 from megamf.cli import run
 from megamf.errors import UserError
+from megamf.tools._models import progress
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry of the job. Exit codes: 0 done and good; 1 damaged (verify); 2 wrong usage."""
     options = _parser().parse_args(argv)
-    return _show(options) if options.action == "show" else _verify(options)
+    return {"show": _show, "verify": _verify, "reshard": _reshard}[options.action](options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,6 +43,16 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("path", type=Path, help="step directory, checkpoints directory or run directory")
     check.add_argument("--all", action="store_true", help="every checkpoint beside it too, not only this one")
     check.add_argument("--threads", type=int, default=min(8, os.cpu_count() or 1), help="files read at one time")
+    repack = actions.add_parser(
+        "reshard",
+        help="the same step in other files; resuming with other ranks needs no such thing",
+        description="Any number of ranks, EP degree and ZeRO stage reads any checkpoint. This repacks one for moving "
+        "and publishing: files of another size, or weights alone. Every byte is checked on the way.",
+    )
+    repack.add_argument("path", type=Path, help="step directory, checkpoints directory or run directory")
+    repack.add_argument("out", type=Path, help="a new folder of checkpoints")
+    repack.add_argument("--file-mib", type=int, default=2048, metavar="N", help="size of a file at most, in MiB (2048)")
+    repack.add_argument("--weights-only", action="store_true", help="without masters and optimizer moments")
     return parser
 
 
@@ -170,6 +181,16 @@ def _verify(options: argparse.Namespace) -> int:
         for problem in problems:
             print(f"  {problem.file}: {problem.what}")
     return 1 if damaged else 0
+
+
+def _reshard(options: argparse.Namespace) -> int:
+    groups = (WEIGHTS,) if options.weights_only else None
+    with Checkpoint(options.path) as source, progress("writing") as advance:
+        path = reshard(source, options.out, groups=groups, max_file_bytes=options.file_mib << 20, on_tensor=advance)
+    with Checkpoint(path) as copy:
+        files = sum(name.endswith(SHARD_SUFFIX) for name in copy.manifest.files)
+        print(f"{path}: {files} tensor files, {decimal(copy.manifest.total_bytes)}")
+    return 0
 
 
 def _verify_one(path: Path, threads: int) -> list[Problem]:

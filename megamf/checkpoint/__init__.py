@@ -31,6 +31,7 @@ from megamf.checkpoint.errors import DamagedCheckpoint
 from megamf.checkpoint.files import check_space
 from megamf.checkpoint.layout import EXP_AVG, EXP_AVG_SQ, GROUPS, MASTER, WEIGHTS, expert_name, full_name
 from megamf.checkpoint.read import Checkpoint, check_model
+from megamf.checkpoint.reshard import reshard
 from megamf.checkpoint.rotate import rotate, sweep
 from megamf.checkpoint.schema import Manifest, Module, module_table
 from megamf.checkpoint.steps import latest, list_steps, resolve
@@ -60,6 +61,7 @@ __all__ = [
     "list_steps",
     "module_table",
     "newest_good",
+    "reshard",
     "resolve",
     "rotate",
     "save",

@@ -3,8 +3,9 @@ import json
 import pytest
 import torch
 
-from megamf.checkpoint import GROUPS, module_table, save
+from megamf.checkpoint import GROUPS, Checkpoint, module_table, reshard, save, verify
 from megamf.cli import run
+from megamf.errors import UserError
 from megamf.tools.checkpoint import main
 
 
@@ -89,3 +90,38 @@ def test_show_refuses_a_damaged_checkpoint_and_names_the_one_before(run_dir, cap
 def test_threads_must_be_positive(run_dir, capsys):
     assert run(main, ["verify", str(run_dir), "--threads", "0"]) == 2
     assert "--threads=0" in capsys.readouterr().err
+
+
+def test_reshard(run_dir, tmp_path, capsys):
+    source = run_dir / "checkpoints" / "step-00000003"
+    assert run(main, ["reshard", str(source), str(tmp_path / "whole")]) == 0
+    assert "1 tensor files" in capsys.readouterr().out
+    assert run(main, ["reshard", str(source), str(tmp_path / "weights"), "--weights-only"]) == 0
+    with Checkpoint(source) as old, Checkpoint(tmp_path / "whole") as new, Checkpoint(tmp_path / "weights") as light:
+        assert (new.step, new.state, new.modules, new.model) == (old.step, old.state, old.modules, old.model)
+        assert new.manifest.run_id == old.manifest.run_id and new.groups == old.groups and light.groups == ("weights",)
+        for group in old.groups:
+            assert new.names(group) == old.names(group)
+            assert all(torch.equal(new.tensor(name, group), old.tensor(name, group)) for name in old.names(group))
+    assert not verify(tmp_path / "whole" / "step-00000003")
+    assert run(main, ["reshard", str(source), str(tmp_path / "whole")]) == 2
+    assert "already holds checkpoints" in capsys.readouterr().err
+    flip(source / "rank-00000-00.safetensors")
+    assert run(main, ["reshard", str(source), str(tmp_path / "third")]) == 2
+    assert "rank-00000-00.safetensors" in capsys.readouterr().err
+    assert not list((tmp_path / "third").glob("*"))
+
+
+def test_files_of_another_size(tmp_path):
+    tensors = {f"weights/a{i}.weight": torch.full((64, 64), float(i)) for i in range(10)}
+    path = save(tmp_path / "one", 1, tensors, {}, [], {}, run_id="r")
+    with Checkpoint(path) as source:
+        split = reshard(source, tmp_path / "split", max_file_bytes=3 * 64 * 64 * 4)
+        assert len(list(split.glob("*.safetensors"))) == 4
+        with Checkpoint(split) as copy:
+            back = reshard(copy, tmp_path / "back")
+        assert len(list(back.glob("*.safetensors"))) == 1
+        with Checkpoint(back) as copy:
+            assert all(torch.equal(copy.tensor(name), source.tensor(name)) for name in source.names())
+        with pytest.raises(UserError, match="cannot be kept"):
+            reshard(source, tmp_path / "no", groups=("weights", "exp_avg"))
