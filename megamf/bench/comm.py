@@ -7,14 +7,18 @@ and on copies of work that every process does (the optimizer's dense part, route
 
 Shares are of a step's time, seen from the host: inside a collective, or waiting for one that was begun before; waiting
 for slower processes is part of it. What runs beside other work is not counted, since nobody waits for it.
+
+All groups of processes stand by, and one at a time makes a step, so that a slow moment of the machine meets all.
 """
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +33,8 @@ MODEL = {
     "n_att_experts": 4, "n_mlp_experts": 8, "k_att": 2, "k_mlp": 2, "gating_size": 64,
 }  # fmt: skip
 GLOBAL_BATCH, SEQ_LEN = 4, 512
-LIMIT_SECONDS = 1800.0
+ANSWER = "megamf-comm "
+WARMUP = 2
 
 KINDS = {"all_to_all": "all-to-all", "reduce": "all-reduce and reduce-scatter", "gather": "all-gather and broadcast"}
 
@@ -44,15 +49,16 @@ def run(
 ) -> Result:
     """Measure everything; `worlds` begins with 1. `progress` as in the `cpu` suite."""
     where = machine()
+    configs = {
+        world: {name: job(world, **changes, model=model, seq_len=seq_len) for name, changes in cases(world).items()}
+        for world in worlds
+    }
+    measured = measure(configs, repeats, progress("turns"))
     figures: list[Figure] = []
     for world in worlds:
-        tick = progress(f"{world} process{'es' if world > 1 else ''}")
-        configs = {name: job(world, **changes, model=model, seq_len=seq_len) for name, changes in cases(world).items()}
-        measured = measure(world, configs, repeats)
-        tick()
-        alone = figures[0].value if figures else None
-        for name, config in configs.items():
-            figures += case_figures(world, name, config, measured[name], alone)
+        for name, config in configs[world].items():
+            alone = figures[0].value if figures else None
+            figures += case_figures(world, name, config, measured[world][name], alone)
     return Result("comm", figures, where)
 
 
@@ -71,41 +77,84 @@ def job(world: int, *, parallel: dict[str, Any], model: dict[str, Any] | None, s
     return validate({"model": model or MODEL, "train": train, "parallel": parallel, "deepspeed": "zero1"})
 
 
-def measure(world: int, configs: dict[str, RunConfig], repeats: int) -> dict[str, dict[str, float]]:
-    """Case -> median seconds of a step and shares of it by kind of collective, in one group of `world` processes."""
+def measure(
+    configs: dict[int, dict[str, RunConfig]], repeats: int, tick: Callable[[], None]
+) -> dict[int, dict[str, dict[str, float]]]:
+    """Processes -> case -> median seconds of a step and shares of it by kind of collective."""
+    steps = {world: {name: [] for name in cases} for world, cases in configs.items()}
+    with ExitStack() as stack:
+        ask = {world: stack.enter_context(group(world, cases)) for world, cases in configs.items()}
+        for turn in range(WARMUP + repeats):
+            for world, cases in configs.items():
+                for name in cases:
+                    seen = ask[world](name)
+                    if turn >= WARMUP:
+                        steps[world][name].append(seen)
+            tick()
+    return {world: {name: medians(seen) for name, seen in cases.items()} for world, cases in steps.items()}
+
+
+def medians(steps: list[dict[str, float]]) -> dict[str, float]:
+    """Of every key."""
+    return {key: statistics.median(step[key] for step in steps) for key in steps[0]}
+
+
+@contextmanager
+def group(world: int, configs: dict[str, RunConfig]) -> Iterator[Callable[[str], dict[str, float]]]:
+    """`world` processes that make one step of the case they are asked for; the cores are shared out among them."""
     threads = max(1, (os.cpu_count() or 1) // world)
-    work = {
-        "repeats": repeats,
-        "threads": threads,
-        "cases": {name: config.model_dump(mode="json") for name, config in configs.items()},
-    }
     with tempfile.TemporaryDirectory() as folder:
+        work = {"threads": threads, "cases": {name: config.model_dump(mode="json") for name, config in configs.items()}}
         (Path(folder) / "work.json").write_text(json.dumps(work), encoding="utf-8")
         environment = os.environ | {
             "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
             "OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu",
         }  # fmt: skip
-        run_ranks([sys.executable, "-m", "megamf.bench.comm_rank", folder], world, environment, Path(folder))
-        return json.loads((Path(folder) / "measured.json").read_text(encoding="utf-8"))
+        with answering(
+            [sys.executable, "-m", "megamf.bench.comm_rank", folder], world, environment, Path(folder)
+        ) as ask:
+            yield ask
 
 
-def run_ranks(command: list[str], world: int, environment: dict[str, str], folder: Path) -> None:
-    """Run the command as every rank; RuntimeError with the end of its log where one fails. Leaves no process behind."""
+@contextmanager
+def answering(
+    command: list[str], world: int, environment: dict[str, str], folder: Path
+) -> Iterator[Callable[[str], dict[str, float]]]:
+    """ask(line) gives the line to all ranks and returns what rank 0 answers, a line of JSON after `ANSWER`.
+
+    Raises RuntimeError with the ends of the logs where rank 0 ends instead. Leaves no process behind.
+    """
     ranks: list[subprocess.Popen] = []
+    logs = [folder / f"rank-{rank}.log" for rank in range(world)]
     try:
         for rank in range(world):
             own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            with (folder / f"rank-{rank}.log").open("w", encoding="utf-8") as log:
-                ranks.append(subprocess.Popen(command, env=own, stdout=log, stderr=subprocess.STDOUT))
-        codes = [process.wait(timeout=LIMIT_SECONDS) for process in ranks]
+            with logs[rank].open("w", encoding="utf-8") as log:
+                output = subprocess.PIPE if rank == 0 else log
+                ranks.append(
+                    subprocess.Popen(command, env=own, stdin=subprocess.PIPE, stdout=output, stderr=log, text=True)
+                )
+
+        def ask(line: str) -> dict[str, float]:
+            # Which rank cannot hear, and why, the logs tell.
+            with suppress(BrokenPipeError):
+                for process in ranks:
+                    print(line, file=process.stdin, flush=True)
+            for answer in ranks[0].stdout:
+                if answer.startswith(ANSWER):
+                    return json.loads(answer.removeprefix(ANSWER))
+            for process in ranks:
+                # The others fail on rank 0's end, if not before it; what they say belongs to the error.
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=30)
+            ends = "\n".join(f"rank {rank}: {log.read_text()[-2000:]}" for rank, log in enumerate(logs))
+            raise RuntimeError(f"the group of {world} processes ended early\n{ends}")
+
+        yield ask
     finally:
         for process in ranks:
             process.kill()
-            process.wait()
-    for rank, code in enumerate(codes):
-        if code:
-            log = (folder / f"rank-{rank}.log").read_text(encoding="utf-8")
-            raise RuntimeError(f"rank {rank} of {world} ended with exit code {code}:\n{log[-3000:]}")
+            process.communicate()
 
 
 def case_figures(world: int, name: str, config: RunConfig, seen: dict[str, float], alone: float | None) -> list[Figure]:

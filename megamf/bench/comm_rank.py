@@ -1,11 +1,11 @@
 """One rank of the `comm` suite: `python -m megamf.bench.comm_rank FOLDER` with RANK, WORLD_SIZE and the like set.
 
-Reads FOLDER/work.json; rank 0 writes FOLDER/measured.json. Shapes: B batch, T time.
+Reads FOLDER/work.json, then from its standard input the name of a case for every step to make; rank 0 answers with one
+line of JSON on its standard output. Shapes: B batch, T time.
 """
 
 import json
 import os
-import statistics
 import sys
 import time
 from collections import defaultdict
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megamf.bench.comm import ANSWER
 from megamf.bench.training import every_key
 from megamf.config import validate
 from megamf.data.loader import MicroBatch
@@ -74,8 +75,8 @@ def timed_collectives() -> Iterator[dict[str, float]]:
             setattr(dist, name, function)
 
 
-def measure(work: dict[str, Any], seconds: dict[str, float]) -> dict[str, dict[str, float]]:
-    """Median seconds of a step and, averaged over ranks, median shares of it by kind. The cases take turns."""
+def answer(work: dict[str, Any], seconds: dict[str, float]) -> None:
+    """Steps of the cases as they are asked for; seconds of each and shares of it by kind, averaged over ranks."""
     from megamf.trainer import Trainer
 
     trainers, batches = {}, {}
@@ -87,38 +88,32 @@ def measure(work: dict[str, Any], seconds: dict[str, float]) -> dict[str, dict[s
             config.model.vocab_size, (config.train.micro_batch, config.train.seq_len + 1), generator=generator
         )
         batches[name] = MicroBatch(token_BT[:, :-1].contiguous(), token_BT[:, 1:].contiguous(), None)
-    steps: dict[str, list[dict[str, float]]] = {name: [] for name in trainers}
-    warmup = 2
-    for turn in range(warmup + work["repeats"]):
-        for name, trainer in trainers.items():
-            dist.barrier()
-            seconds.clear()
-            began = time.perf_counter()
-            trainer.train_step([batches[name]])
-            elapsed = time.perf_counter() - began
-            if turn >= warmup:
-                shares = {kind: seconds[kind] / elapsed for kind in set(KIND_OF.values())}
-                steps[name].append({"seconds": elapsed, **shares})
-    return {name: averaged(seen) for name, seen in steps.items()}
+    for name in map(str.strip, sys.stdin):
+        dist.barrier()
+        seconds.clear()
+        began = time.perf_counter()
+        trainers[name].train_step([batches[name]])
+        elapsed = time.perf_counter() - began
+        seen = averaged({"seconds": elapsed} | {kind: seconds[kind] / elapsed for kind in set(KIND_OF.values())})
+        if dist.get_rank() == 0:
+            print(ANSWER + json.dumps(seen), flush=True)
 
 
-def averaged(steps: list[dict[str, float]]) -> dict[str, float]:
-    """The mean over ranks of each rank's medians."""
-    keys = sorted(steps[0])
-    own = torch.tensor([statistics.median(step[key] for step in steps) for key in keys], dtype=torch.float64)
+def averaged(seen: dict[str, float]) -> dict[str, float]:
+    """The mean over ranks."""
+    keys = sorted(seen)
+    own = torch.tensor([seen[key] for key in keys], dtype=torch.float64)
     dist.all_reduce(own)
     return dict(zip(keys, (own / dist.get_world_size()).tolist(), strict=True))
 
 
 def main() -> None:
-    """Join the group, measure, leave the result."""
+    """Join the group and answer until the input ends."""
     folder = Path(sys.argv[1])
     work = json.loads((folder / "work.json").read_text(encoding="utf-8"))
     torch.set_num_threads(work["threads"])
     with timed_collectives() as seconds, process_group(identify(os.environ)), every_key():
-        measured = measure(work, seconds)
-        if dist.get_rank() == 0:
-            (folder / "measured.json").write_text(json.dumps(measured), encoding="utf-8")
+        answer(work, seconds)
 
 
 if __name__ == "__main__":

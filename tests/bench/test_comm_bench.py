@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from megamf.bench.comm import run, run_ranks
+from megamf.bench.comm import answering, run
 
 TINY = {
     "vocab_size": 40, "n_layer": 1, "n_embd": 16, "n_head": 1, "att_hidden": 16, "ffd_hidden": 16, "n_att_experts": 2,
@@ -16,7 +16,7 @@ TINY = {
 def test_cases_of_one_and_two_processes():
     ticks = []
     result = run(lambda what: lambda: ticks.append(what), repeats=2, worlds=(1, 2), model=TINY, seq_len=16)
-    assert ticks == ["1 process", "2 processes"]
+    assert ticks == ["turns"] * 4
     values = {figure.name: figure.value for figure in result.figures}
     assert all(math.isfinite(value) and value > 0 for value in values.values())
     for case in ("no_ep", "ep_tokens", "ep_weights"):
@@ -31,6 +31,9 @@ def test_cases_of_one_and_two_processes():
 
 
 def test_a_rank_that_fails_is_told(tmp_path):
-    command = ["sh", "-c", "echo no luck; exit $RANK"]
-    with pytest.raises(RuntimeError, match=r"rank 1 of 2 ended with exit code 1:\nno luck"):
-        run_ranks(command, 2, {}, tmp_path)
+    command = ["sh", "-c", "echo no luck >&2; exit $RANK"]
+    with (
+        pytest.raises(RuntimeError, match=r"group of 2 processes ended early\n(.|\n)*rank 1: no luck"),
+        answering(command, 2, {}, tmp_path) as ask,
+    ):
+        ask("case")
