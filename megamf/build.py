@@ -10,6 +10,7 @@ from megamf.callbacks.guards import Guarding
 from megamf.callbacks.metrics import Metrics, require_wandb
 from megamf.callbacks.preemption import Preemption
 from megamf.callbacks.progress import ProgressDisplay
+from megamf.callbacks.stragglers import Stragglers
 from megamf.checkpoint import resolve
 from megamf.config import ConfigError, RunConfig
 from megamf.data.loader import StepLoader, document_end, open_train, open_valid, valid_bytes_per_token
@@ -76,7 +77,11 @@ def build_trainer(
             callbacks.append(Evaluation(validation, valid_bytes_per_token(config)))
         stack.enter_context(process_group(process))
         stack.push(lambda kind, error, trace: checkpointing.writer.leave() if error is not None else None)
-        yield Trainer(config, loader, callbacks), preemption
+        trainer = Trainer(config, loader, callbacks)
+        if config.logging.straggler_every and process.world > 1:
+            stack.enter_context(trainer.stopwatch)
+            trainer.callbacks.append(Stragglers(config.logging))
+        yield trainer, preemption
 
 
 def check_backends(config: RunConfig, process: Process) -> None:

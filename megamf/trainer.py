@@ -28,6 +28,7 @@ from megamf.model.router import Router
 from megamf.parallel.dispatch import make_dispatchers
 from megamf.parallel.mesh import create_mesh
 from megamf.parallel.state import create_moments, torch_optimizer
+from megamf.parallel.stopwatch import Stopwatch
 from megamf.parallel.traffic import attention_strategy
 from megamf.parallel.update import gradient_square, skip_update
 from megamf.parallel.zero import build_engine, build_model, clip_gradients
@@ -85,6 +86,7 @@ class Trainer:
         self.objective: Objective = self.engine.module
         self.model: ModuleFormer = self.objective.model
         self.device = next(self.model.parameters()).device
+        self.stopwatch = Stopwatch(self.device)
         self.routers = [module for module in self.model.modules() if isinstance(module, Router)]
 
     @property
@@ -103,8 +105,10 @@ class Trainer:
             callback.on_train_start(self)
         self.agree_to_stop()
         while self.step < self.config.train.steps and not self.stopping:
+            self.stopwatch.start()
             reach("data", step=self.step + 1)
             result = self.train_step(self.loader.step(self.consumed))
+            self.stopwatch.stop()
             if result is None:
                 break
             for callback in self.callbacks:

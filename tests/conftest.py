@@ -43,7 +43,7 @@ def launch_ranks() -> Callable[[Path, int, Any, Path], None]:
         (out / "work.json").write_text(json.dumps(work))
         environment = os.environ | {
             "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-            "OMP_NUM_THREADS": "1",
+            "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1",
         }  # fmt: skip
         command = [sys.executable, str(script), str(out), str(out / "work.json")]
         ranks = []

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megamf import train
+from megamf import faults, train
 from megamf.callbacks.preemption import SIGNALS
 from megamf.checkpoint import Checkpoint, latest, list_steps, save, verify
 from megamf.cli import run
@@ -227,6 +227,60 @@ def test_the_good_checkpoint_before_is_used_when_asked(finished, corpus, tmp_pat
     assert run(train.main, arguments(tmp_path / "run", corpus, "checkpoint.previous_on_damage=true")) == 0
     again = [record for record in records(tmp_path / "run") if "loss" in record]
     assert again[2:] and [r["loss"] for r in again] == [r["loss"] for r in records(finished) if "loss" in r]
+
+
+def missing_shard(step: Path) -> Path:
+    shard = min(step.glob("*.safetensors"))
+    shard.unlink()
+    return shard
+
+
+def manifest_of_another_run(step: Path) -> Path:
+    """With its checksum, and of the same step and model: what a careless copy leaves."""
+    other = step.parent.parent.parent / "other" / "checkpoints" / step.name
+    for name in ("manifest.json", "manifest.sha256"):
+        shutil.copy(other / name, step / name)
+    return step
+
+
+@pytest.mark.parametrize("damage", [missing_shard, manifest_of_another_run])
+def test_other_damage_is_named_and_the_one_before_used_when_asked(finished, corpus, tmp_path, capsys, damage):
+    shutil.copytree(finished, tmp_path / "run")
+    if damage is manifest_of_another_run:
+        assert run(train.main, arguments(tmp_path / "other", corpus, "run.seed=1")) == 0
+    step = tmp_path / "run" / "checkpoints" / "step-00000004"
+    named = damage(step)
+    assert run(train.main, arguments(tmp_path / "run", corpus)) == 2
+    printed = capsys.readouterr().err
+    assert str(step) in printed and named.name in printed
+    assert "step-00000002" in printed and "previous_on_damage" in printed
+    assert run(train.main, arguments(tmp_path / "run", corpus, "checkpoint.previous_on_damage=true")) == 0
+    again = [record for record in records(tmp_path / "run") if "loss" in record]
+    assert [r["loss"] for r in again] == [r["loss"] for r in records(finished) if "loss" in r]
+    assert verify(step) == []
+
+
+def test_a_checkpoint_directory_that_is_a_file(corpus, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("")
+    assert run(train.main, arguments(tmp_path / "run", corpus)) == 2
+    assert str(tmp_path / "run" / "checkpoints") in capsys.readouterr().err
+    assert (tmp_path / "run" / "checkpoints").read_text() == ""
+
+
+def test_a_directory_that_becomes_read_only(finished, corpus, tmp_path, capsys, monkeypatch):
+    """Root writes everywhere, so the file system's answer is made up."""
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
+    (tmp_path / "run" / "checkpoints" / "latest").write_text("step-00000002\n")
+    before = sorted(entry.name for entry in (tmp_path / "run" / "checkpoints").iterdir())
+    refused = [{"at": "save.begin", "action": "read_only"}]
+    monkeypatch.setattr(faults, "_faults", faults.parse({"MEGAMF_FAULTS": json.dumps(refused)}))
+    assert run(train.main, arguments(tmp_path / "run", corpus)) == 2
+    printed = capsys.readouterr().err
+    assert f"{tmp_path / 'run' / 'checkpoints'}" in printed and "Read-only file system" in printed
+    assert "untouched" in printed
+    assert sorted(entry.name for entry in (tmp_path / "run" / "checkpoints").iterdir()) == before
 
 
 def test_a_signal_stops_with_a_checkpoint_and_the_run_goes_on(finished, corpus, tmp_path):

@@ -1,6 +1,6 @@
 """What a callback may hook into."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,6 +32,9 @@ class Callback:
 
     def on_evaluation(self, trainer: "Trainer", evaluation: dict[str, float]) -> None:
         """After every evaluation."""
+
+    def on_event(self, trainer: "Trainer", event: str, text: str, facts: dict[str, Any]) -> None:
+        """Something worth a line that changes nothing: `text` for a person, `event` and `facts` for metrics.jsonl."""
 
     def on_failure(self, trainer: "Trainer") -> None:
         """Before a step, where `failing` was seen on any rank: the callbacks concerned raise, on every rank."""

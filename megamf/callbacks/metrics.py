@@ -82,6 +82,9 @@ class Metrics(Callback):
             self.file = self.path.open("a", encoding="utf-8")
         self._event(trainer, "rollback", from_step=from_step, checkpoint=path.name)
 
+    def on_event(self, trainer: "Trainer", event: str, text: str, facts: dict[str, Any]) -> None:
+        self._event(trainer, event, **facts)
+
     def _event(self, trainer: "Trainer", event: str, **facts: Any) -> None:
         """A line of its own in metrics.jsonl: `event`, the step that the weights stand at, the place in the data."""
         if self.file is None:

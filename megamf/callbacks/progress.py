@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -69,6 +69,10 @@ class ProgressDisplay(Callback):
             f"rolled back from step {from_step} to {path}, and over the data up to sample {trainer.consumed} "
             f"({trainer.consumed // samples - trainer.step} batches without an update so far)"
         )
+
+    def on_event(self, trainer: "Trainer", event: str, text: str, facts: dict[str, Any]) -> None:
+        if trainer.is_main:
+            self._say(text)
 
     def on_evaluation(self, trainer: "Trainer", evaluation: dict[str, float]) -> None:
         if trainer.is_main:

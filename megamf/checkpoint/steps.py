@@ -19,7 +19,8 @@ def list_steps(root: Path) -> list[int]:
 def latest(root: Path) -> Path | None:
     """The step directory that the file `latest` names; without that file the newest complete one; None without any.
 
-    Raises DamagedCheckpoint where `latest` holds no step name or names a directory that is not there.
+    Raises DamagedCheckpoint where `latest` holds no step name or names a directory that is not there, UserError where
+    `root` is a file.
     """
     root = Path(root)
     steps = list_steps(root)
@@ -29,6 +30,8 @@ def latest(root: Path) -> Path | None:
         name = (root / layout.LATEST).read_text(encoding="utf-8").strip()
     except FileNotFoundError:
         return newest
+    except NotADirectoryError:
+        raise UserError(f"{root} is no directory, so it cannot hold checkpoints: remove it or choose another") from None
     except UnicodeDecodeError as error:
         raise DamagedCheckpoint(root, layout.LATEST, "is not text", advice) from error
     step = layout.step_of(name)

@@ -245,6 +245,12 @@ class Logging(Section):
 
     every: PositiveInt = Field(1, description="steps between lines of metrics.jsonl")
     module_load_every: NonNegativeInt = Field(10, description="steps between module load records; 0 turns them off")
+    straggler_every: NonNegativeInt = Field(
+        100, description="steps between comparisons of the ranks' own time, without waiting for others; 0: none"
+    )
+    straggler_factor: float = Field(
+        1.5, gt=1, description="a rank that takes this many times the median's time is named in the log"
+    )
     tensorboard: bool = True
     wandb: str | None = Field(None, description="W&B project; needs the wandb package")
     progress: bool = Field(True, description="a progress bar on a terminal; false: plain lines there too")
