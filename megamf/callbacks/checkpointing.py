@@ -28,7 +28,7 @@ from megamf.checkpoint import (
     verify,
     write_rank,
 )
-from megamf.checkpoint.layout import step_path
+from megamf.checkpoint.layout import step_path, temporary_name
 from megamf.config import RunConfig, to_tree
 from megamf.errors import UserError
 from megamf.heartbeat import beat
@@ -95,7 +95,8 @@ class Checkpointing(Callback):
         if self.router_sums is not None:
             self._note_load(step, self.router_sums)
         nonce = broadcast(uuid.uuid4().hex)
-        tmp = self._together(lambda: begin(self.root, step, nonce))
+        tmp = self.root / temporary_name(step, nonce)
+        self._together(lambda: begin(self.root, step, nonce), undo=lambda: abort(tmp))
         # All collectives come before the first byte is written: a rank that meets a full disk leaves nobody waiting.
         tensors = snapshot(owned_state(trainer.engine, trainer.mesh))
         state, model = training_state(trainer), to_tree(trainer.config)["model"]
