@@ -30,4 +30,4 @@ say "ruff"
 ruff check .
 ruff format --check .
 say "pytest"
-exec python -m pytest "$@"
+exec python -m pytest -rs "$@"

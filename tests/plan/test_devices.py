@@ -6,8 +6,8 @@ from megamf.plan import devices, measure_peak, peak_flops
 
 
 def test_the_rate_is_that_of_the_fastest_product(monkeypatch):
-    # The clock is read for the deadline, then for every round: the start, the end, and whether there is another.
-    readings = iter([0.0, 0.0, 0.5, 0.5, 1.0, 1.25, 1.25, 2.0, 3.0, 10.0])
+    # The clock is read for the deadline, then for every round: the check, the start, the end.
+    readings = iter([0.0, 0.0, 1.0, 1.5, 1.5, 2.0, 2.25, 2.25, 3.0, 4.0, 10.0])
     monkeypatch.setattr(devices.time, "perf_counter", lambda: next(readings))
     assert measure_peak(torch.float32, size=8, seconds=5.0) == 2 * 8**3 / 0.25
 

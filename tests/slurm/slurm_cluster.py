@@ -21,7 +21,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "slurmdbd", "srun", "sbatch", "sacc
 PACKAGES = ("munge", "slurmctld", "slurmd", "slurm-client", "slurmdbd", "mariadb-server-core")
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 POLICY = Path("/usr/sbin/policy-rc.d")
-WAIT_SECONDS = 240.0
+WAIT_SECONDS = 400.0
 
 SLURM_CONF = """
 ClusterName=megamf
@@ -52,7 +52,7 @@ AccountingStoragePass={munge_socket}
 JobRequeue=1
 ReturnToService=2
 KillWait=5
-SlurmdTimeout=15
+SlurmdTimeout=20
 MailProg=/bin/true
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={n1_port} {cores}
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={n2_port} {cores}
@@ -235,9 +235,15 @@ class Cluster:
         return self.wait_for(f"the end of job {job}", lambda: self.ended(job), seconds)
 
     def sacct(self, job: str, *options: str) -> str:
-        """All starts of a job, and their steps without `--allocations`."""
+        """All starts of a job that has ended, and their steps without `--allocations`."""
         columns = "JobID%10,JobName%18,Partition%9,State%12,ExitCode%8,Start,Elapsed,NNodes%6,NTasks%6,NodeList%9"
-        return self.run("sacct", *options, "--duplicates", "-j", job, f"--format={columns}")
+
+        def settled() -> str | None:
+            # The accounts follow behind: a job may be there without its name, or not have ended yet.
+            found = self.run("sacct", *options, "--duplicates", "-j", job, f"--format={columns}")
+            return None if any(word in found for word in ("allocation", "RUNNING", "PENDING", "Unknown")) else found
+
+        return self.wait_for(f"the accounts of job {job}", settled)
 
     def processes(self) -> list[int]:
         """Every process of the cluster: daemons, step managers and what jobs have started."""

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
 ROOT = Path(__file__).parents[2]
 
 # The stand-in: it notes the start of every rank; PLAY says what happens in the start of that number.
@@ -71,7 +73,7 @@ def played(cluster, report, tmp_path_factory) -> dict[str, tuple[dict[str, str],
         jobs[play.name] = cluster.submit(
             "--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", "--partition=shared",
             *play.options, f"--job-name={play.name}", f"--output={folder}/log", ROOT / "slurm" / "pretrain_8b.sh",
-            RECORD=str(folder), MEGAMF_VENV=str(top), MEGAMF_TOKENIZER="t", MEGAMF_TRAIN="d", MEGAMF_GRACE="4",
+            RECORD=str(folder), MEGAMF_VENV=str(top), MEGAMF_TOKENIZER="t", MEGAMF_TRAIN="d", MEGAMF_GRACE="8",
             MEGAMF_RUN_DIR=f"{folder}/run", PLAY=play.play, **play.variables,
         )  # fmt: skip
     actions = {

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import pytest
 
 from megamf.cli import run
 from megamf.tools import prepare, tokenizer
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 ROOT = Path(__file__).parents[2]
 STEPS = 16
@@ -26,7 +29,7 @@ SETTINGS = [
     "logging.tensorboard=false",
 ]  # fmt: skip
 # A pause in every step, so that what happens from outside happens in the middle of the run.
-PAUSES = json.dumps([{"at": "step", "action": "sleep", "seconds": 0.5, "times": 0, "rank": 0}])
+PAUSES = json.dumps([{"at": "step", "action": "sleep", "seconds": 1.0, "times": 0, "rank": 0}])
 
 
 @dataclass
@@ -37,12 +40,13 @@ class Launcher:
     top: Path
     report: list[str]
 
-    def submit(self, name: str) -> str:
+    def submit(self, name: str, faults: str = PAUSES) -> str:
+        """The script with the sizes of this machine; returns the id of the job."""
         return self.cluster.submit(
             "--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=1", f"--job-name={name}",
             f"--output={self.top}/{name}.log", ROOT / "slurm" / "pretrain_8b.sh",
             MEGAMF_PRESET="nano", MEGAMF_EP="2", MEGAMF_VENV=sys.prefix, MEGAMF_RUN_DIR=f"{self.top}/{name}",
-            MEGAMF_TOKENIZER=f"{self.top}/t.model", MEGAMF_TRAIN=f"{self.top}/text", MEGAMF_FAULTS=PAUSES,
+            MEGAMF_TOKENIZER=f"{self.top}/t.model", MEGAMF_TRAIN=f"{self.top}/text", MEGAMF_FAULTS=faults,
             MEGAMF_OVERRIDES=" ".join(SETTINGS), OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1",
         )  # fmt: skip
 
@@ -53,19 +57,23 @@ class Launcher:
         return {record["step"]: record["loss"] for record in map(json.loads, lines) if "loss" in record}
 
     def reach(self, name: str, job: str, step: int) -> None:
-        """Wait until the run is beyond `step`; a requeued job is hurried on."""
+        """Wait until `step` is done."""
+        self.await_while_alive(name, job, f"step {step}", lambda: max(self.steps(name), default=0) >= step)
 
-        def reached() -> bool:
+    def put_back(self, name: str, job: str, times: int) -> None:
+        """Wait until the job has been put back into the queue so many times."""
+        self.await_while_alive(name, job, f"requeue {times}", lambda: int(self.cluster.job(job)["Restarts"]) >= times)
+
+    def await_while_alive(self, name: str, job: str, what: str, condition: Callable[[], bool]) -> None:
+        """Wait; what squeue says then goes to the report. A requeued job is hurried on."""
+
+        def met() -> bool:
             ended = self.cluster.ended(job)
-            assert ended is None, f"{name} ended as {ended['JobState']}\n{self.log(name)}"
-            return max(self.steps(name), default=0) >= step
+            assert ended is None, f"{name} ended as {ended['JobState']} before {what}\n{self.log(name)}"
+            return condition()
 
-        self.cluster.wait_for(f"step {step} of {name}", reached)
-        self.look(f"{name} in step {step}")
-
-    def look(self, what: str) -> None:
-        """What squeue says now goes to the report."""
-        self.report += [what + ":", *self.cluster.run("squeue").splitlines()]
+        self.cluster.wait_for(f"{what} of {name}", met)
+        self.report += [f"{name}, {what}:", *self.cluster.run("squeue").splitlines()]
 
     def finish(self, name: str, job: str) -> dict[str, str]:
         """The job at its end; what sacct knows of it goes to the report."""
@@ -92,7 +100,7 @@ def launcher(cluster, report, tmp_path_factory) -> Launcher:
 
 @pytest.fixture(scope="module")
 def undisturbed(launcher) -> dict[int, float]:
-    job = launcher.submit("undisturbed")
+    job = launcher.submit("undisturbed", faults="")
     assert launcher.finish("undisturbed", job)["Restarts"] == "0"
     losses = launcher.steps("undisturbed")
     assert sorted(losses) == list(range(1, STEPS + 1))
@@ -111,14 +119,12 @@ def test_a_run_that_is_told_to_stop_and_then_preempted(undisturbed, launcher):
     job = launcher.submit("preempted")
     launcher.reach("preempted", job, 3)
     launcher.cluster.run("scancel", "--signal=USR1", job)
-    launcher.cluster.wait_for("the first requeue", lambda: launcher.cluster.job(job)["Restarts"] == "1")
-    launcher.look("preempted after USR1")
-    launcher.reach("preempted", job, 8)
+    launcher.put_back("preempted", job, 1)
+    launcher.reach("preempted", job, 7)
     urgent = launcher.cluster.submit(
         "--partition=urgent", "--nodes=2", "--ntasks-per-node=2", "--output=/dev/null", "--wrap=srun sleep 1"
     )
-    launcher.cluster.wait_for("the second requeue", lambda: launcher.cluster.job(job)["Restarts"] == "2")
-    launcher.look("preempted by an urgent job")
+    launcher.put_back("preempted", job, 2)
     assert launcher.cluster.finish(urgent)["JobState"] == "COMPLETED"
     assert launcher.finish("preempted", job)["Restarts"] == "2"
     assert launcher.log("preempted").count("stopped early with a complete checkpoint; back into the queue") == 2
@@ -135,8 +141,7 @@ def test_a_run_whose_node_dies(undisturbed, launcher):
     for pid in dead:
         os.kill(pid, signal.SIGSTOP)
     try:
-        cluster.wait_for("the requeue after the death of n2", lambda: cluster.job(job)["Restarts"] == "1")
-        launcher.look("node-death, n2 silent")
+        launcher.put_back("node-death", job, 1)
         launcher.report += cluster.run("sinfo", "-N", "-l").splitlines()
     finally:
         for pid in dead:
