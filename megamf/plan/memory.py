@@ -58,7 +58,7 @@ def rank_memory(job: Job, imbalance: float = 1.0) -> RankMemory:
     master = 0 if engine.stage == 0 and not low else 4
     optimizer = shard * (8 + master)
     weights = (local if engine.stage < 3 else shard) * b
-    gathered = _gathered(job) * b if engine.stage == 3 else 0
+    gathered = gathered_parameters(job) * b if engine.stage == 3 else 0
     gradients = (shard if engine.stage >= 2 else local) * b
     bucket = engine.bucket * b * (2 if engine.overlap else 1) if engine.stage > 0 and engine.contiguous else 0
     update = 0 if engine.stage == 0 else max(job.shard_shared, job.shard_experts) * (b + (4 if low else 0))
@@ -141,7 +141,7 @@ def _layer_workspace(job: Job, imbalance: float) -> int:
     return again + passing + experts * model.n_embd * model.ffd_hidden * b
 
 
-def _gathered(job: Job) -> int:
+def gathered_parameters(job: Job) -> int:
     """Parameters that stage 3 has gathered at one time: a layer, what is fetched ahead, and the head at its turn."""
     layer = (job.shared - job.counts.embedding - job.counts.head + job.local_experts) // job.model.n_layer
     return max(layer, job.counts.head) + min(job.engine.prefetch, job.shared + job.local_experts)
