@@ -26,11 +26,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("words", nargs="*", metavar="CONFIG.yaml | section.key=value")
     parser.add_argument("--preset", help="start from a packaged configuration")
     parser.add_argument("--dry-run", action="store_true", help="validate, print sizes and memory, and stop")
+    parser.add_argument(
+        "--fake-world",
+        type=int,
+        metavar="N",
+        help="with --dry-run: count the memory of one real step as one of N ranks, on tensors without storage",
+    )
     # The deepspeed launcher adds this to every process; LOCAL_RANK in the environment says the same.
     parser.add_argument("--local-rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args(argv)
     arguments.files = [word for word in arguments.words if "=" not in word]
     arguments.overrides = [word for word in arguments.words if "=" in word]
+    if arguments.fake_world is not None and not arguments.dry_run:
+        parser.error(f"--fake-world {arguments.fake_world} needs --dry-run: a fake world cannot train")
+    if arguments.fake_world is not None and arguments.fake_world < 1:
+        parser.error(f"--fake-world {arguments.fake_world}: at least 1")
     if len(arguments.files) > 1:
         parser.error(f"one configuration file, not {len(arguments.files)}: {' '.join(arguments.files)}")
     return arguments
@@ -70,7 +80,7 @@ def job(arguments: argparse.Namespace, preemption: Preemption) -> int:
         if arguments.dry_run:
             from megamf.dry_run import dry_run
 
-            return dry_run(config, process.world)
+            return dry_run(config, process.world, arguments.fake_world)
         return train(config, process, preemption)
     except (UserError, TrainingFailed) as error:
         if process.rank == 0:

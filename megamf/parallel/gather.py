@@ -34,7 +34,8 @@ class Loan:
 
     def note(self, saved: torch.Tensor) -> Any:
         """In place of a view of the whole weights: how to find it in them again. Another tensor stays what it is."""
-        if self.whole_EDF is None or saved.untyped_storage().data_ptr() != self.whole_EDF.untyped_storage().data_ptr():
+        # Storages are told apart by themselves, not by their addresses: fake tensors have none.
+        if self.whole_EDF is None or saved.untyped_storage()._cdata != self.whole_EDF.untyped_storage()._cdata:
             return saved
         return saved.size(), saved.stride(), saved.storage_offset()
 
@@ -90,7 +91,10 @@ def with_all_experts(
     """
     loan = Loan(weight_LDF, group)
     if keep or not torch.is_grad_enabled():
-        return product(_Gather.apply(weight_LDF, loan))
+        y_RF = product(_Gather.apply(weight_LDF, loan))
+        # What is kept, the product keeps; the graph would keep a repeated layer's weights from its first pass on.
+        loan.give_back()
+        return y_RF
     whole_EDF = _Gather.apply(weight_LDF, loan)
     with torch.autograd.graph.saved_tensors_hooks(loan.note, loan.recall):
         y_RF = product(whole_EDF)

@@ -193,7 +193,7 @@ def _model(job: Job, imbalance: float) -> ModuleFormer:
         config.model,
         even,
         Backends.of(config),
-        make_context(mesh),
+        make_context(mesh, recomputed=recomputed),
         attention_dispatcher=even if attention is mlp else attention,
     )
     model.set_activation_checkpointing(config.train.activation_checkpointing)

@@ -91,23 +91,22 @@ def layer_activations(model: ModelConfig, tokens: int, value_bytes: int, *, imba
     """Bytes that one layer saves for its backward pass: (all but the hidden rows, the hidden rows of the MLP).
 
     The hidden rows before and after the activation function (2 R F) are what `activation_checkpointing=experts`
-    recomputes. The rest, in values of b bytes: inputs and outputs of both layer norms (4 N D), queries and outputs of
-    attention (2 R A), keys and values where they are projected (2 N A), and for either kind of expert the rows that
-    enter the first (R D) and leave the second product (R D), with the attention outputs in expert order (R A) between.
-    In fp32: per router the hidden values on both sides of its activation function (2 N G) and logits, log-probabilities
-    and probabilities (3 N E), and a row sum per query head of attention. `imbalance` scales the rows that experts work
-    on, not those that tokens keep.
+    recomputes. The rest, in values of b bytes: inputs and outputs of both layer norms (4 N D), queries (R A), keys and
+    values where they are projected (2 N A), and for either kind of expert the rows that enter the first (R D) and leave
+    the second product (R D), with the attention outputs in expert order (R A) between; per router its hidden values
+    (N G), and in fp32 those behind its activation function (N G) and logits, log-probabilities and probabilities
+    (3 N E). `imbalance` scales the rows that experts work on, not those that tokens keep.
     """
     width, attention, hidden = model.n_embd, model.att_hidden, model.ffd_hidden
     if model.kind == "dense":
         kept = tokens * ((4 * width + 4 * attention) * value_bytes + 4 * model.n_head)
         return kept, tokens * 2 * hidden * value_bytes
     key_value = 0 if model.shares_kv else 2 * attention
-    by_token = 4 * width + key_value + model.k_att * (2 * attention + width) + model.k_mlp * width
+    by_token = 4 * width + key_value + model.k_att * (attention + width) + model.k_mlp * width
     by_expert = model.k_att * (width + attention) + model.k_mlp * width
-    gating = 0 if model.gate_type == "linear" else 2 * 2 * model.gating_size
-    fp32 = gating + 3 * (model.n_att_experts + model.n_mlp_experts) + model.k_att * model.n_head
-    kept = tokens * ((by_token + imbalance * by_expert) * value_bytes + 4 * fp32)
+    gating = 0 if model.gate_type == "linear" else 2 * model.gating_size
+    fp32 = gating + 3 * (model.n_att_experts + model.n_mlp_experts)
+    kept = tokens * ((by_token + gating + imbalance * by_expert) * value_bytes + 4 * fp32)
     return int(kept), int(tokens * imbalance * model.k_mlp * 2 * hidden * value_bytes)
 
 
@@ -130,7 +129,8 @@ def _layer_workspace(job: Job, imbalance: float) -> int:
     """What the backward pass through one layer needs besides what the forward pass saved.
 
     Recomputed activations; of the MLP the gradients of both hidden rows (2 R F) and of the rows on either side (2 R D);
-    and the gradient of its larger weight before it is added to what has accumulated.
+    the gradient of its larger weight before it is added to what has accumulated; where attention experts' weights are
+    gathered, those of one projection with their gradient, once more in fp32 (of two where blocks are recomputed).
     """
     model, b = job.model, job.value_bytes
     kept, hidden = layer_activations(model, job.tokens, b, imbalance=imbalance)
@@ -138,7 +138,11 @@ def _layer_workspace(job: Job, imbalance: float) -> int:
     copies = model.k_mlp * imbalance if job.sparse else 1
     experts = model.n_mlp_experts // job.ep if job.sparse else 1
     passing = int(job.tokens * copies * 2 * (model.ffd_hidden + model.n_embd) * b)
-    return again + passing + experts * model.n_embd * model.ffd_hidden * b
+    gathered = 0
+    if job.sparse and job.ep > 1 and not job.moves_tokens:
+        copies = 2 if job.config.train.activation_checkpointing == "full" else 1
+        gathered = model.n_att_experts * model.n_embd * model.att_hidden * (copies * b + b + 4)
+    return again + passing + max(gathered, experts * model.n_embd * model.ffd_hidden * b)
 
 
 def gathered_parameters(job: Job) -> int:
