@@ -4,11 +4,11 @@ Letters as in `megamf.plan.flops`; besides `N` tokens of one micro batch on one 
 ranks, `X` ranks that share one sequence.
 """
 
+import os
 from dataclasses import dataclass
 
 from megamf.config import ConfigError, ModelConfig, RunConfig
 from megamf.parallel.traffic import Strategy, attention_strategy
-from megamf.parallel.zero import deepspeed_config
 from megamf.plan.cluster import Group
 from megamf.plan.flops import ParameterCounts, count_parameters
 
@@ -144,6 +144,10 @@ class Job:
 
 def engine_of(config: RunConfig, num_ranks: int) -> Engine:
     """The JSON that `config.deepspeed` names, read as the run reads it. Raises ConfigError as the run would."""
+    # What this imports brings DeepSpeed along, which looks for accelerators that a plan does not need, and says so.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from megamf.parallel.zero import deepspeed_config
+
     tree = deepspeed_config(config, num_ranks)
     zero = tree["zero_optimization"]
     low = config.train.precision == "bf16"
