@@ -47,8 +47,8 @@ class Job:
     attention_experts: Strategy
 
     @classmethod
-    def of(cls, config: RunConfig, num_ranks: int) -> "Job":
-        """Raises ConfigError where the configuration cannot be laid out on `num_ranks` ranks."""
+    def of(cls, config: RunConfig, num_ranks: int, engine: Engine | None = None) -> "Job":
+        """Raises ConfigError where the configuration cannot be laid out on `num_ranks` ranks. engine: read before."""
         parallel, seq_len = config.parallel, config.train.seq_len
         try:
             parallel.check(num_ranks, config.model)
@@ -60,7 +60,7 @@ class Job:
         return cls(
             config,
             count_parameters(config.model),
-            engine_of(config, num_ranks),
+            engine or engine_of(config, num_ranks),
             num_ranks,
             parallel.ep,
             parallel.context,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from megamf.config import ConfigError, RunConfig
 from megamf.plan.cluster import Cluster
+from megamf.plan.job import Engine
 from megamf.plan.predict import Prediction, predict
 
 RECOMPUTATION = ("none", "experts", "full")
@@ -19,8 +20,13 @@ def search(config: RunConfig, cluster: Cluster) -> list[Prediction]:
     that the run would refuse are left out.
     """
     best: dict[tuple, Prediction] = {}
+    read: dict[tuple, Engine] = {}
     for candidate in candidates(config, cluster):
-        found = try_predict(candidate, cluster)
+        # A packaged configuration takes its sizes from the run: what else it says is read once.
+        known = (candidate.deepspeed, candidate.parallel.ep > 1)
+        found = try_predict(candidate, cluster, read.get(known))
+        if found is not None and Path(candidate.deepspeed).suffix != ".json":
+            read[known] = found.job.engine
         if found is None or not found.fits:
             continue
         key = (found.job.ep, candidate.deepspeed, found.job.context, candidate.train.activation_checkpointing)
@@ -32,7 +38,7 @@ def search(config: RunConfig, cluster: Cluster) -> list[Prediction]:
 def candidates(config: RunConfig, cluster: Cluster) -> Iterator[RunConfig]:
     """Every layout worth a look, the impossible ones included."""
     ranks = cluster.num_ranks
-    for ep in divisors(ranks) if config.model.kind != "dense" else [1]:
+    for ep in possible_degrees(config, ranks):
         for context in divisors(cluster.gpus_per_node):
             share = config.train.global_batch * context // ranks
             for micro_batch in (size for size in divisors(share) if size <= LARGEST_MICRO_BATCH):
@@ -46,6 +52,18 @@ def candidates(config: RunConfig, cluster: Cluster) -> Iterator[RunConfig]:
                             deepspeed=name,
                             activation_checkpointing=mode,
                         )
+
+
+def possible_degrees(config: RunConfig, num_ranks: int) -> list[int]:
+    """Over how many ranks the experts can be split."""
+    found = []
+    for ep in divisors(num_ranks):
+        try:
+            vary(config, ep=ep).parallel.check(num_ranks, config.model)
+        except ValueError:
+            continue
+        found.append(ep)
+    return found
 
 
 def vary(
@@ -69,10 +87,10 @@ def vary(
     )
 
 
-def try_predict(config: RunConfig, cluster: Cluster) -> Prediction | None:
-    """None where the run would refuse the layout."""
+def try_predict(config: RunConfig, cluster: Cluster, engine: Engine | None = None) -> Prediction | None:
+    """None where the run would refuse the layout. engine: read before."""
     try:
-        return predict(config, cluster)
+        return predict(config, cluster, engine)
     except ConfigError:
         return None
 

@@ -1,6 +1,7 @@
 """One layout on one cluster: memory, traffic, time, and what follows from them. Predictions, nothing is measured."""
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import torch
 
@@ -9,7 +10,7 @@ from megamf.hf.layout import public_entries, public_shapes
 from megamf.parallel.traffic import attention_expert_bytes
 from megamf.plan.cluster import Cluster
 from megamf.plan.flops import count_parameters, train_flops_per_token
-from megamf.plan.job import Job
+from megamf.plan.job import Engine, Job
 from megamf.plan.memory import RankMemory, rank_memory
 from megamf.plan.steptime import DAY, StepTime, days, step_mfu, step_time
 from megamf.plan.traffic import Collective, collectives
@@ -36,7 +37,11 @@ class Prediction:
     memory: RankMemory
     collectives: list[Collective]
     time: StepTime
-    checkpoint: Checkpoint
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """What is written to disk."""
+        return checkpoint_size(self.job, self.cluster)
 
     @property
     def fits(self) -> bool:
@@ -135,9 +140,9 @@ class Prediction:
         }
 
 
-def predict(config: RunConfig, cluster: Cluster) -> Prediction:
-    """Raises ConfigError where `config` cannot be laid out on the ranks of `cluster`."""
-    job = Job.of(config, cluster.num_ranks)
+def predict(config: RunConfig, cluster: Cluster, engine: Engine | None = None) -> Prediction:
+    """Raises ConfigError where `config` cannot be laid out on the ranks of `cluster`. engine: read before."""
+    job = Job.of(config, cluster.num_ranks, engine)
     imbalance = cluster.imbalance if job.ep > 1 else 1.0
     traffic = collectives(job, imbalance)
     return Prediction(
@@ -146,7 +151,6 @@ def predict(config: RunConfig, cluster: Cluster) -> Prediction:
         rank_memory(job, imbalance),
         traffic,
         step_time(job, cluster, traffic),
-        checkpoint_size(job, cluster),
     )
 
 
