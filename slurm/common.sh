@@ -23,7 +23,7 @@
 #   time limit near      Slurm sends USR1 to every rank (--signal): checkpoint, exit 75, the job puts itself back in the queue
 #   preemption           the same with TERM, if the partition grants a GraceTime that is enough for a checkpoint
 #   a node dies          Slurm puts the job back (--requeue)
-#   a rank dies, exit 1  the other ranks end or are ended after MEGAMF_GRACE seconds, and the job puts itself back
+#   a rank dies, exit 1  the other ranks end or are killed after MEGAMF_GRACE seconds, and the job puts itself back
 #   exit 2               a mistake that the next start would meet again: the job has failed
 #   scancel              the ranks write a checkpoint if KillWait is long enough; the job stays cancelled
 # Every start goes on from the newest checkpoint. Starts that bring none and were not asked to stop are counted in
@@ -160,7 +160,8 @@ case $code in
   put_back
   ;;
 *)
-  if $asked; then note_starts "$starts"; fi
+  # A rank that does not listen for signals yet ends by TERM (143) or USR1 (138); what srun ends itself, it kills (137).
+  if $asked || ((code == 143 || code == 138)); then note_starts "$starts"; fi
   read_starts
   if ((starts >= MEGAMF_MAX_FAILURES)); then give_up; fi
   say "failed; back into the queue, $starts of at most $MEGAMF_MAX_FAILURES starts without a new checkpoint"
