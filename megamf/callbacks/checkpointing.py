@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from megamf.callbacks.base import Callback
 from megamf.callbacks.module_load import module_load
@@ -54,6 +55,7 @@ class Checkpointing(Callback):
         self.root = config.run.dir / "checkpoints"
         self.settings = config.checkpoint
         self.writer = BackgroundWriter()
+        self.buffers: dict[str, Tensor] | None = {} if config.checkpoint.background else None
         self.modules: list[Module] = _fresh_modules(config)
         self.saved: tuple[int, int] | None = None
         self.router_sums: Packed | None = None
@@ -98,7 +100,7 @@ class Checkpointing(Callback):
         tmp = self.root / temporary_name(step, nonce)
         self._together(lambda: begin(self.root, step, nonce), undo=lambda: abort(tmp))
         # All collectives come before the first byte is written: a rank that meets a full disk leaves nobody waiting.
-        tensors = snapshot(owned_state(trainer.engine, trainer.mesh))
+        tensors = snapshot(owned_state(trainer.engine, trainer.mesh), self.buffers)
         state, model = training_state(trainer), to_tree(trainer.config)["model"]
         expected = expected_names(trainer.engine, trainer.mesh)
         run_id = state["run_id"]

@@ -1,3 +1,5 @@
+import os
+import sys
 import threading
 import time
 
@@ -15,6 +17,24 @@ def test_a_snapshot_does_not_follow_training():
         source.zero_()
     assert torch.equal(copies["a"], torch.arange(6.0).reshape(2, 3).T)
     assert copies["a"].is_contiguous() and not copies["a"].requires_grad
+
+
+def test_buffers_are_used_again_while_they_fit():
+    buffers = {}
+    first = snapshot({"a": torch.ones(3), "b": torch.ones(2)}, buffers)
+    again = snapshot({"a": torch.full((3,), 2.0), "b": torch.ones(4)}, buffers)
+    assert again["a"] is first["a"] and torch.equal(again["a"], torch.full((3,), 2.0))
+    assert again["b"] is not first["b"] and buffers.keys() == {"a", "b"}
+    assert snapshot({"a": torch.ones(3)})["a"] is not first["a"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have a priority of their own on Linux only")
+def test_writing_gives_way_to_training():
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    seen = []
+    with BackgroundWriter() as writer:
+        writer.submit(lambda: seen.append(os.getpriority(os.PRIO_PROCESS, 0)))
+    assert seen == [max(before, 10)] and os.getpriority(os.PRIO_PROCESS, 0) == before
 
 
 def test_submit_returns_while_the_save_runs_and_only_one_runs(tmp_path):
