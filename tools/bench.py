@@ -17,7 +17,7 @@ from megamf.bench.readme import committed, update
 from megamf.cli import run
 from megamf.errors import UserError
 
-SUITES = ("cpu", "gpu", "compile", "comm")
+SUITES = ("cpu", "gpu", "compile", "comm", "plan")
 
 
 def main(argv: list[str] | None = None) -> int:
