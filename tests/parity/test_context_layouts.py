@@ -11,7 +11,7 @@ from megamf.checkpoint import Checkpoint, verify
 
 STEPS = 10
 # (context, ep, ZeRO stage): four ranks, then two.
-FOUR = [(context, ep, stage) for context in (2, 4) for ep in (1, 2) for stage in (0, 1, 2)]
+FOUR = [(context, ep, stage) for context in (2, 4) for ep in (1, 2) for stage in (0, 1, 2, 3)]
 TWO = [(2, 1, 1), (2, 2, 0), (2, 2, 2)]
 # K is not V; K = V; no experts. Documents of 1 to 60 tokens in rows of 32: chunks of 4 tokens cut nearly all of them.
 MODELS = {
@@ -76,7 +76,11 @@ def results(corpus, launch, tmp_path_factory) -> Path:
         copy = [str(out / source / "checkpoints" / "step-00000004"), str(out / name)] if source else None
         return {"config": tree, "copy": copy}
 
-    four = {name_of(layout): case("projected", layout, 2 * layout[0]) for layout in FOUR}
+    # Stages 0 and 2 differ from their neighbours within a step: three of these are enough.
+    four = {
+        name_of(layout): case("projected", layout, 2 * layout[0], steps=STEPS if layout[2] in (1, 3) else 3)
+        for layout in FOUR
+    }
     four |= {
         "shared": case("shared", (4, 2, 1), 8),
         "accumulated": case("shared", (2, 2, 2), 1, strategy="gather_weights"),
@@ -127,11 +131,11 @@ def test_split_sequences_train_as_whole_ones(results, group, name, whole):
         json.loads(path.read_text()) for path in (results / "one" / f"{whole}.json", results / group / f"{name}.json")
     )
     assert found["grad_norm"][0] == pytest.approx(wanted["grad_norm"][0], rel=1e-5)
-    assert found["tokens"] == wanted["tokens"], "every token counts once"
+    assert found["tokens"] == wanted["tokens"][: len(found["tokens"])], "every token counts once"
     for key in ("loss", "aux_loss"):
-        np.testing.assert_allclose(found[key], wanted[key], atol=1e-4, rtol=0, err_msg=key)
-    if whole != "dense":
-        assert len(found["loss"]) == STEPS and wanted["loss"][-1] < wanted["loss"][0] - 0.2, "nothing was learnt"
+        np.testing.assert_allclose(found[key], wanted[key][: len(found[key])], atol=1e-4, rtol=0, err_msg=key)
+    if len(found["loss"]) == STEPS:
+        assert wanted["loss"][-1] < wanted["loss"][0] - 0.2, "nothing was learnt"
 
 
 @pytest.mark.slow
