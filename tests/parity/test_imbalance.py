@@ -28,9 +28,9 @@ def tree(ep: int, stage: int, world: int, strategy: str = "auto", **changes: Any
     }
 
 
-def layouts(world: int, degrees: tuple[int, ...]) -> dict[str, dict[str, Any]]:
+def layouts(world: int, degrees: tuple[int, ...], stages: tuple[int, ...] = STAGES) -> dict[str, dict[str, Any]]:
     found = {}
-    for stage in STAGES:
+    for stage in stages:
         for ep in degrees:
             for short, strategy in (("tokens", "move_tokens"), ("weights", "gather_weights")):
                 name = f"ep{ep}-zero{stage}" + (f"-{short}" if ep > 1 else "")
@@ -38,7 +38,7 @@ def layouts(world: int, degrees: tuple[int, ...]) -> dict[str, dict[str, Any]]:
     return found
 
 
-FOUR, TWO = layouts(4, (1, 2, 4)), layouts(2, (2,))
+FOUR, TWO = layouts(4, (1, 2, 4)) | layouts(4, (2,), (3,)), layouts(2, (2,))
 
 
 def counting(strategy: str, layers: int, accumulation: int, scope: str) -> dict[str, Any]:
