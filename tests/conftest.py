@@ -52,7 +52,7 @@ def launch_ranks() -> Callable[[Path, int, Any, Path], None]:
             own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             ranks.append(subprocess.Popen(command, env=own, stdout=log, stderr=subprocess.STDOUT))
         try:
-            codes = [process.wait(timeout=400) for process in ranks]
+            codes = [process.wait(timeout=900) for process in ranks]
         finally:
             for process in ranks:
                 process.kill()

@@ -11,17 +11,21 @@ from megamf.checkpoint import Checkpoint, list_steps, verify
 STEPS, BATCH = 6, 8
 SPOILT = 3  # the update in progress when it happens, counted from 1
 LAYOUTS = {
-    "zero0": {"stage": 0, "ep": 2, "precision": "fp32"},
-    "zero1": {"stage": 1, "ep": 2, "precision": "fp32"},
-    "zero1-bf16": {"stage": 1, "ep": 1, "precision": "bf16"},
-    "zero2": {"stage": 2, "ep": 1, "precision": "fp32"},
-    "zero2-bf16": {"stage": 2, "ep": 2, "precision": "bf16"},
+    "zero0": {"deepspeed": "zero0", "ep": 2, "precision": "fp32"},
+    "zero1": {"deepspeed": "zero1", "ep": 2, "precision": "fp32"},
+    "zero1-bf16": {"deepspeed": "zero1", "ep": 1, "precision": "bf16"},
+    "zero2": {"deepspeed": "zero2", "ep": 1, "precision": "fp32"},
+    "zero2-bf16": {"deepspeed": "zero2", "ep": 2, "precision": "bf16"},
+    "zero3": {"deepspeed": "zero3", "ep": 2, "precision": "fp32"},
+    "zero3-bf16": {"deepspeed": "zero3", "ep": 1, "precision": "bf16"},
+    "zero2-offload": {"deepspeed": "zero2_offload", "ep": 2, "precision": "bf16"},
+    "zero3-offload": {"deepspeed": "zero3_offload", "ep": 2, "precision": "bf16"},
 }
 NAN_LOSS = {"at": "loss", "action": "nan", "rank": 1, "step": SPOILT, "after": 1}
 NAN_GRADIENT = {"at": "backward", "action": "nan", "rank": 1, "step": SPOILT}
 
 
-def config(root: Path, name: str, corpus: Path, stage: int, ep: int, precision: str, **guards) -> dict:
+def config(root: Path, name: str, corpus: Path, deepspeed: str, ep: int, precision: str, **guards) -> dict:
     return {
         "run": {"dir": str(root / name), "seed": 5},
         "model": {
@@ -39,7 +43,7 @@ def config(root: Path, name: str, corpus: Path, stage: int, ep: int, precision: 
         "guards": guards,
         "checkpoint": {"every": 2, "keep": 0},
         "logging": {"tensorboard": False},
-        "deepspeed": f"zero{stage}",
+        "deepspeed": deepspeed,
     }  # fmt: skip
 
 
@@ -55,7 +59,7 @@ def runs(corpus, launch_ranks, tmp_path_factory) -> Path:
         jobs.append({"config": tree, "faults": list(faults), "without": list(without), "copy": source})
 
     for layout in LAYOUTS:
-        fault = NAN_GRADIENT if layout in ("zero1", "zero2-bf16", "zero0") else NAN_LOSS
+        fault = NAN_GRADIENT if layout in ("zero1", "zero2-bf16", "zero0", "zero3", "zero2-offload") else NAN_LOSS
         job(layout, layout, [fault])
         job(f"{layout}-without", layout, without=[(SPOILT - 1) * BATCH])
     spike = {"at": "loss", "action": "scale", "factor": 3.0, "rank": 0, "step": 5, "times": 2}
