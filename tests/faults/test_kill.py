@@ -14,13 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from megamf import heartbeat
 from megamf.checkpoint import Checkpoint, latest, verify
 from megamf.checkpoint.layout import step_of
 from megamf.checkpoint.verify import read_manifest
 from megamf.parallel.launch import free_port
 
-STEPS, EVERY = 30, 3
+STEPS, EVERY = 36, 3
 HANG_TIMEOUT = 60
 # All other ranks have ended this long after the killed one. What it takes is the time in which gloo notices the closed
 # connection; the watchdog's time where the ranks had not met yet. The rest is for slow machines.
@@ -102,21 +101,16 @@ def plan_kill(rng: random.Random, world: int, after: int) -> dict:
     return {"at": point, "action": "kill", "rank": rank, "step": min(step, STEPS), "after": rng.randrange(passes)}
 
 
-def kill_by_time(rng: random.Random, job, run_dir: Path, before_they_meet: bool) -> int:
-    """Kill a rank at a random time: of its start, or of its training. Returns the rank."""
-    rank = rng.randrange(len(job.ranks))
-    process, directory = job.ranks[rank], run_dir / "heartbeats"
-    if before_they_meet:
+def kill_by_time(rng: random.Random, job, run_dir: Path, resumed: int, early: bool) -> None:
+    """Kill a rank at a random time: of its start, or of its training."""
+    if early:
         time.sleep(rng.uniform(0.1, 3.0))
     else:
-        while job.alive:
-            found = heartbeat.read(directory, rank)
-            if found is not None and found.pid == process.pid and found.phase != "start":
-                break
-            time.sleep(0.02)
-        time.sleep(rng.uniform(0.0, 2.0))
-    process.send_signal(signal.SIGKILL)
-    return rank
+        step = resumed + rng.randint(1, EVERY)
+        while job.alive and max((record["step"] for record in records(run_dir)), default=0) < step:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0.0, 0.3))
+    rng.choice(job.ranks).send_signal(signal.SIGKILL)
 
 
 def soak(long_run, reference: Path, run_dir: Path, world: int, kills: int, rng: random.Random) -> tuple[float, int]:
@@ -129,9 +123,9 @@ def soak(long_run, reference: Path, run_dir: Path, world: int, kills: int, rng: 
         job = long_run(run_dir, world, [fault] if fault else [])
         what = str(fault or ("by time, early" if early else "by time"))
         if timed:
-            kill_by_time(rng, job, run_dir, early)
+            kill_by_time(rng, job, run_dir, resumed, early)
         ended = job.wait(end=UNMET if timed else SOON)
-        if resumed and "start" not in what and "early" not in what:
+        if resumed and not early:
             assert f"resumed at step {resumed} of {STEPS}" in ended.logs[0], str(ended)
         reached = max(losses(run_dir), default=0)
         saved = saved_step(run_dir)
