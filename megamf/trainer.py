@@ -21,7 +21,8 @@ from megamf.callbacks.base import Callback
 from megamf.config import RunConfig
 from megamf.data.loader import MicroBatch, StepLoader
 from megamf.guards import UpdateGuard
-from megamf.model import ModuleFormer
+from megamf.heartbeat import beat
+from megamf.model import ModuleFormer, initialise
 from megamf.model.losses import Packed, auxiliary_loss
 from megamf.model.objective import Objective
 from megamf.model.router import Router
@@ -71,6 +72,7 @@ class Trainer:
         self.stop_requested = False
         self.stopping = False
 
+        beat("model")
         recomputed = config.train.activation_checkpointing == "full"
         self.dispatchers = make_dispatchers(
             self.mesh,
@@ -82,6 +84,10 @@ class Trainer:
         measure_rows = config.losses.routing_regularisation > 0
         objective = Objective(model, config.train.loss_chunk, measure_rows=measure_rows)
         self.engine = build_engine(objective, config, self.mesh)
+        initialise(model, config.model, config.run.seed)
+        beat("engine")
+        self.engine = build_engine(Objective(model, config.train.loss_chunk), config, self.mesh)
+        beat("moments")
         create_moments(self.engine)
         self.objective: Objective = self.engine.module
         self.model: ModuleFormer = self.objective.model

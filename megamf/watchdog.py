@@ -28,7 +28,7 @@ from megamf import heartbeat
 from megamf.heartbeat import Heartbeat, pulse
 
 LONGEST_INTERVAL = 15.0
-# Imports, the meeting of the ranks and the building of the model give no sign of life; they have at least this long.
+# Imports, the meeting of the ranks, the model, the engine: each gives one sign of life and has at least this long.
 START_S = 60.0
 NAMED = 8
 
@@ -115,7 +115,7 @@ class Watchdog:
     def hangs(self, now: float) -> bool:
         """Whether nobody goes on. Where the others' files cannot be reached, twice the time decides alone."""
         silent = now - pulse.at
-        timeout = max(self.timeout, START_S) if pulse.phase == "start" else self.timeout
+        timeout = max(self.timeout, START_S) if pulse.step == 0 else self.timeout
         if silent < timeout:
             return False
         if now - self.looked_at > max(4 * self.interval, 5.0):

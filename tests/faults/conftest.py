@@ -1,10 +1,8 @@
 """Jobs of real processes that are made to fail: every rank a plain process, no launcher that ends the others."""
 
 import json
+import multiprocessing
 import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from fault_rank import PRELOAD, run_rank
 
 from megamf.parallel.launch import free_port
 
 STEPS = 12
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(PRELOAD)
 
 
 @dataclass
@@ -42,40 +43,38 @@ class Job:
             "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
             "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "MEGAMF_FAULTS": json.dumps(faults),
         }  # fmt: skip
-        command = [sys.executable, "-m", "megamf.train", str(config), *overrides]
-        self.ranks: list[subprocess.Popen] = []
+        self.ranks = []
         for rank, path in enumerate(self.logs):
-            with path.open("w") as log:
-                own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                self.ranks.append(subprocess.Popen(command, env=own, stdout=log, stderr=subprocess.STDOUT))
+            own = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            self.ranks.append(FORKSERVER.Process(target=run_rank, args=(own, [str(config), *overrides], str(path))))
+            self.ranks[-1].start()
+
+    @property
+    def codes(self) -> list[int | None]:
+        """Exit codes, negative for a signal, None for a rank that runs."""
+        return [rank.exitcode for rank in self.ranks]
 
     def wait(self, start: float = 240.0, end: float = 120.0) -> Ended:
         """Wait for the first rank to end, at most `start` seconds, and then for the others, at most `end` seconds."""
         deadline, first = time.monotonic() + start, None
-        while any(rank.poll() is None for rank in self.ranks):
+        while None in self.codes:
             now = time.monotonic()
-            if first is None and any(rank.poll() is not None for rank in self.ranks):
+            if first is None and any(code is not None for code in self.codes):
                 first, deadline = now, now + end
             if now > deadline:
                 break
             time.sleep(0.02)
-        codes = [rank.poll() for rank in self.ranks]
-        seconds = time.monotonic() - first if first else 0.0
-        ended = Ended(codes, seconds, [path.read_text(errors="replace") for path in self.logs])
+        codes, seconds = self.codes, time.monotonic() - first if first else 0.0
+        logs = [path.read_text(errors="replace") if path.exists() else "" for path in self.logs]
+        ended = Ended(codes, seconds, logs)
         assert None not in codes, f"the job hangs: {ended}"
         return ended
 
     def kill(self) -> None:
         """End what is left of it."""
         for rank in self.ranks:
-            if rank.poll() is None:
-                rank.send_signal(signal.SIGKILL)
-            rank.wait()
-
-    @property
-    def alive(self) -> bool:
-        """Whether all ranks run."""
-        return all(rank.poll() is None for rank in self.ranks)
+            rank.kill()
+            rank.join()
 
 
 @pytest.fixture(scope="session")
