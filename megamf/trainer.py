@@ -22,7 +22,7 @@ from megamf.config import RunConfig
 from megamf.data.loader import MicroBatch, StepLoader
 from megamf.guards import UpdateGuard
 from megamf.heartbeat import beat
-from megamf.model import ModuleFormer, initialise
+from megamf.model import ModuleFormer
 from megamf.model.losses import Packed, auxiliary_loss
 from megamf.model.objective import Objective
 from megamf.model.router import Router
@@ -83,10 +83,8 @@ class Trainer:
         model.set_activation_checkpointing(config.train.activation_checkpointing)
         measure_rows = config.losses.routing_regularisation > 0
         objective = Objective(model, config.train.loss_chunk, measure_rows=measure_rows)
-        self.engine = build_engine(objective, config, self.mesh)
-        initialise(model, config.model, config.run.seed)
         beat("engine")
-        self.engine = build_engine(Objective(model, config.train.loss_chunk), config, self.mesh)
+        self.engine = build_engine(objective, config, self.mesh)
         beat("moments")
         create_moments(self.engine)
         self.objective: Objective = self.engine.module

@@ -100,13 +100,20 @@ def plan_kill(rng: random.Random, world: int, after: int) -> dict:
     return {"at": point, "action": "kill", "rank": rank, "step": min(step, STEPS), "after": rng.randrange(passes)}
 
 
-def kill_by_time(rng: random.Random, job, run_dir: Path, resumed: int, early: bool) -> None:
-    """Kill a rank at a random time: of its start, or of its training."""
+def inode(path: Path) -> int | None:
+    return path.stat().st_ino if path.exists() else None
+
+
+def kill_by_time(rng: random.Random, job, run_dir: Path, before: int | None, step: int, early: bool) -> None:
+    """Kill a rank at a random time: of its start, or after `step`. `before`: the metrics file before this start."""
     if early:
         time.sleep(rng.uniform(0.1, 3.0))
     else:
-        step = resumed + rng.randint(1, EVERY)
-        while all(code is None for code in job.codes) and max(losses(run_dir), default=0) < step:
+        metrics = run_dir / "metrics.jsonl"
+        # The steps that will be made again are dropped from the file at the start, by a new file.
+        while all(code is None for code in job.codes) and (
+            inode(metrics) in (None, before) or max(losses(run_dir), default=0) < step
+        ):
             time.sleep(0.01)
         time.sleep(rng.uniform(0.0, 0.3))
     rng.choice(job.ranks).kill()
@@ -119,10 +126,11 @@ def soak(long_run, reference: Path, run_dir: Path, world: int, kills: int, rng: 
         timed = killed % 4 == 2
         early = timed and killed % 8 == 6
         fault = None if timed else plan_kill(rng, world, resumed)
+        before = inode(run_dir / "metrics.jsonl")
         job = long_run(run_dir, world, [fault] if fault else [])
         what = str(fault or ("by time, early" if early else "by time"))
         if timed:
-            kill_by_time(rng, job, run_dir, resumed, early)
+            kill_by_time(rng, job, run_dir, before, resumed + rng.randint(1, EVERY), early)
         ended = job.wait(end=UNMET if timed else SOON)
         if resumed and not early:
             assert f"resumed at step {resumed} of {STEPS}" in ended.logs[0], str(ended)
