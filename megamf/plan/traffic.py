@@ -114,7 +114,7 @@ def _zero(job: Job) -> Iterator[Collective]:
         buckets = max(1, -(-count // engine.bucket))
         if engine.stage == 3:
             times = job.accumulation
-            passes = 3 if job.config.train.activation_checkpointing == "full" else 2
+            passes = (3 if job.config.train.activation_checkpointing == "full" else 2) + int(job.looks_ahead)
             fetches = job.model.n_layer * times * passes
             sent = share * b * times * passes / fetches
             yield Collective(f"ZeRO: weights, {name}", "all_gather", group, fetches, sent, sent, engine.overlap)
