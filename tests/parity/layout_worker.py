@@ -49,6 +49,9 @@ def run_case(config: RunConfig, steps: int) -> tuple[dict[str, torch.Tensor], di
         seen: dict[str, list[float]] = {"loss": [], "aux_loss": [], "grad_norm": []}
         for _ in range(steps):
             result = trainer.train_step(loader.step(trainer.consumed))
+            if trainer.engine.zero_optimization_stage() == 3:
+                whole = [name for name, parameter in trainer.model.named_parameters() if parameter.numel()]
+                assert not whole, f"whole after the step: {whole}"
             for key, values in seen.items():
                 values.append(getattr(result, key))
             if trainer.step == 1:
