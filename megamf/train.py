@@ -8,10 +8,11 @@ import logging
 import os
 import sys
 import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megamf.callbacks.preemption import Preemption
-from megamf.config import RunConfig, load_config
+from megamf.config import ModelConfig, RunConfig, load_config
 from megamf.errors import TrainingFailed, UserError
 
 if TYPE_CHECKING:
@@ -25,6 +26,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="megamf train", description="Train a model.")
     parser.add_argument("words", nargs="*", metavar="CONFIG.yaml | section.key=value")
     parser.add_argument("--preset", help="start from a packaged configuration")
+    parser.add_argument(
+        "--model-from",
+        metavar="CHECKPOINT",
+        help="the model is that of a checkpoint, with its numbers of modules in every layer; the weights come by "
+        "checkpoint.init_from or checkpoint.resume",
+    )
     parser.add_argument("--dry-run", action="store_true", help="validate, print sizes and memory, and stop")
     parser.add_argument(
         "--fake-world",
@@ -44,6 +51,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if len(arguments.files) > 1:
         parser.error(f"one configuration file, not {len(arguments.files)}: {' '.join(arguments.files)}")
     return arguments
+
+
+def model_from(path: str | None) -> ModelConfig | None:
+    """The model of a checkpoint (step, checkpoints or run directory). Raises UserError where there is none."""
+    if path is None:
+        return None
+    from megamf.evaluate.weights import CheckpointWeights
+
+    with CheckpointWeights(Path(path)) as weights:
+        return weights.model
 
 
 def train(config: RunConfig, process: "Process", preemption: Preemption) -> int:
@@ -76,7 +93,8 @@ def job(arguments: argparse.Namespace, preemption: Preemption) -> int:
         logging.getLogger("megamf").setLevel(logging.INFO)
     try:
         path = arguments.files[0] if arguments.files else None
-        config = load_config(path, preset=arguments.preset, overrides=arguments.overrides)
+        model = model_from(arguments.model_from)
+        config = load_config(path, preset=arguments.preset, overrides=arguments.overrides, model=model)
         if arguments.dry_run:
             from megamf.dry_run import dry_run
 

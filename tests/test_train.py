@@ -133,12 +133,12 @@ def test_mistakes_are_refused_before_anything_is_written(tmp_path, corpus, capsy
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_experts_not_divisible_by_ep(tmp_path, corpus, capsys, monkeypatch):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0"}.items():
+def test_fewer_experts_than_ranks(tmp_path, corpus, capsys, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "5", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    more = ["parallel.ep=3", "train.global_batch=6"]
+    more = ["parallel.ep=5", "train.global_batch=10"]
     assert run(train.main, arguments(tmp_path / "run", corpus, *more)) == 2
-    assert "n_att_experts=4 is not divisible by parallel.ep=3" in capsys.readouterr().err
+    assert "layer 0 has 4 attention experts, parallel.ep=5 is more" in capsys.readouterr().err
 
 
 def test_truncated_data(tmp_path, corpus, capsys):

@@ -102,7 +102,7 @@ class Checkpointing(Callback):
         # All collectives come before the first byte is written: a rank that meets a full disk leaves nobody waiting.
         tensors = snapshot(owned_state(trainer.engine, trainer.mesh), self.buffers)
         state, model = training_state(trainer), to_tree(trainer.config)["model"]
-        expected = expected_names(trainer.engine, trainer.mesh)
+        expected = expected_names(trainer.engine)
         run_id = state["run_id"]
 
         def write() -> None:
@@ -152,7 +152,7 @@ class Checkpointing(Callback):
     def _resume(self, trainer: "Trainer", path: Path) -> None:
         path = self._verified(trainer, path)
         with Checkpoint(path) as checkpoint:
-            check_model(checkpoint, global_shapes(trainer.model, trainer.mesh))
+            check_model(checkpoint, global_shapes(trainer.model))
             check_resumable(checkpoint)
             check_batches(checkpoint.state, trainer.config)
             state = self._load(trainer, checkpoint)
@@ -164,7 +164,7 @@ class Checkpointing(Callback):
     def _start_from(self, trainer: "Trainer", path: Path) -> None:
         path = self._verified(trainer, self._on_main(trainer, lambda: resolve(path)))
         with Checkpoint(path) as checkpoint:
-            check_model(checkpoint, global_shapes(trainer.model, trainer.mesh))
+            check_model(checkpoint, global_shapes(trainer.model))
             load_weights(trainer.model, checkpoint)
             refresh_masters(trainer.engine)
             self.modules = checkpoint.modules or self.modules
@@ -297,7 +297,10 @@ def broadcast(value: Any) -> Any:
 
 def _fresh_modules(config: RunConfig) -> list[Module]:
     model = config.model
-    return [] if model.kind == "dense" else module_table(model.n_layer, model.n_att_experts, model.n_mlp_experts)
+    if model.kind == "dense":
+        return []
+    attention, mlp = ([model.num_experts(i, kind) for i in range(model.n_layer)] for kind in ("attention", "mlp"))
+    return module_table(model.n_layer, attention, mlp)
 
 
 def _earlier(path: Path) -> Path | None:

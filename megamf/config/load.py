@@ -8,7 +8,13 @@ import yaml
 from pydantic import ValidationError
 
 from megamf.config.base import ConfigError
+from megamf.config.model import ModelConfig
 from megamf.config.run import RunConfig
+
+# What may be said of a model that is taken from a checkpoint: the first does not touch weights, the second is what
+# pruning and inserting change, so that the file of the original run still serves.
+NOT_IN_WEIGHTS = {"sample_topk", "embd_pdrop", "resid_pdrop", "moe_pdrop"}
+NUMBERS = {"n_att_experts", "n_mlp_experts", "n_att_experts_per_layer", "n_mlp_experts_per_layer"}
 
 
 def preset_names() -> list[str]:
@@ -18,11 +24,17 @@ def preset_names() -> list[str]:
 
 
 def load_config(
-    path: str | Path | None = None, *, preset: str | None = None, overrides: list[str] | None = None
+    path: str | Path | None = None,
+    *,
+    preset: str | None = None,
+    overrides: list[str] | None = None,
+    model: ModelConfig | None = None,
 ) -> RunConfig:
     """Merge preset, then file, then overrides, and validate.
 
-    Raises ConfigError naming the key, the value given and what is accepted.
+    model: that of a checkpoint, which is then the run's. What is said of it besides must agree, except for dropout and
+    sampling (which are as they are given) and for the numbers of modules in preset and file (which the checkpoint's
+    replace). Raises ConfigError naming the key, the value given and what is accepted.
     """
     tree: dict[str, Any] = {}
     if preset is not None:
@@ -35,9 +47,26 @@ def load_config(
         if not file.is_file():
             raise ConfigError(f"no configuration file at {file}")
         tree = merge(tree, _parse(file.read_text(encoding="utf-8"), str(file)))
+    said: dict[str, Any] = {}
     for override in overrides or []:
-        tree = merge(tree, parse_override(override))
-    return validate(tree)
+        said = merge(said, parse_override(override))
+    if model is not None:
+        tree = tree | {"model": _of_checkpoint(model, tree.get("model"), NUMBERS, "the configuration file or preset")}
+        _of_checkpoint(model, said.get("model"), set(), "the command line")
+    return validate(merge(tree, said))
+
+
+def _of_checkpoint(model: ModelConfig, given: Any, replaced: set[str], origin: str) -> dict[str, Any]:
+    """The section `model` for a checkpoint's model; ConfigError with both values where `given` contradicts it."""
+    given = {key: value for key, value in (given or {}).items() if key not in replaced}
+    differing = [
+        f"model.{key}={value!r} in {origin}, {getattr(model, key)!r} in the checkpoint"
+        for key, value in given.items()
+        if key in ModelConfig.model_fields and key not in NOT_IN_WEIGHTS and value != getattr(model, key)
+    ]
+    if differing:
+        raise ConfigError("the model of the checkpoint is another one:\n" + "\n".join(differing))
+    return model.model_dump(mode="json", exclude_unset=model.kind == "dense") | given
 
 
 def validate(tree: dict[str, Any]) -> RunConfig:

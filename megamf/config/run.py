@@ -184,9 +184,14 @@ class Parallel(Section):
             if self.ep > 1:
                 raise ValueError(f"parallel.ep={self.ep} needs experts, but model.kind=dense has none")
             return
-        for name in ("n_att_experts", "n_mlp_experts"):
-            if getattr(model, name) % self.ep:
-                raise ValueError(f"model.{name}={getattr(model, name)} is not divisible by parallel.ep={self.ep}")
+        for layer in range(model.n_layer):
+            for kind in ("attention", "mlp"):
+                count = model.num_experts(layer, kind)
+                if count < self.ep:
+                    raise ValueError(
+                        f"layer {layer} has {count} {kind} experts, parallel.ep={self.ep} is more: a rank without an "
+                        f"expert would hold copies of everything else and compute nothing; parallel.ep={count} or less"
+                    )
 
     def data_ranks(self, num_ranks: int) -> int:
         """How many groups of ranks read sequences of their own; ValueError unless `context` divides `num_ranks`."""

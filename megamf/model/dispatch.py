@@ -40,6 +40,9 @@ class Dispatcher(Protocol):
     def expert_range(self, num_experts: int) -> range:
         """The global indices of the experts that live in this process."""
 
+    def num_slots(self, num_experts: int) -> int:
+        """L: places for experts in this process's tensors, the same in every process; those without one come last."""
+
     def plan(self, expert_NK: torch.Tensor, num_experts: int) -> Plan:
         """Prepare the routing decision `expert_NK` (int64); collective where ranks are involved."""
 
@@ -68,6 +71,9 @@ class LocalDispatcher:
 
     def expert_range(self, num_experts: int) -> range:
         return range(num_experts)
+
+    def num_slots(self, num_experts: int) -> int:
+        return num_experts
 
     def plan(self, expert_NK: torch.Tensor, num_experts: int) -> Plan:
         order_R, inverse_R, count_E = sort_by_expert(expert_NK, num_experts)

@@ -65,7 +65,7 @@ class RoutedExperts(nn.Module):
         self.dispatcher = dispatcher
         self.local_experts = dispatcher.expert_range(num_experts)
         self.gate = Router(config, num_experts, top_k)
-        num_local = len(self.local_experts)
+        num_local = dispatcher.num_slots(num_experts)
         self.experts = ExpertLinear(num_local, config.n_embd, hidden, dispatcher, backends.experts)
         self.output_experts = ExpertLinear(num_local, hidden, config.n_embd, dispatcher, backends.experts)
 

@@ -27,7 +27,7 @@ def initial_value(
 ) -> torch.Tensor:
     """What `initialise` fills one parameter with, float32 on the CPU; `experts` for an expert tensor of this share."""
     if experts is not None:
-        value_LDF = torch.empty(shape)
+        value_LDF = torch.zeros(shape)
         for local, expert in enumerate(experts):
             value_LDF[local].uniform_(-1.0 / shape[1], 1.0 / shape[1], generator=_generator(seed, f"{name}.{expert}"))
         return value_LDF
@@ -49,6 +49,12 @@ def expert_indices(model: nn.Module) -> dict[str, range]:
                 if isinstance(layer, ExpertLinear):
                     found[f"{prefix}.{child}.weight"] = module.local_experts
     return found
+
+
+def expert_counts(model: nn.Module) -> dict[str, int]:
+    """Name of every expert tensor -> how many experts all processes together have of it."""
+    experts = expert_indices(model)
+    return {name: model.get_submodule(name.rsplit(".", 2)[0]).num_experts for name in experts}
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from megamf.model.dispatch import Dispatcher, LocalDispatcher, Plan, sort_copies, unsort_copies
 from megamf.ops.grouped_linear import grouped_linear
@@ -38,7 +39,7 @@ class Sent(NamedTuple):
 
 
 class AllToAllDispatcher:
-    """Experts are split over the P ranks of `group` in contiguous blocks of E/P; rows travel."""
+    """Experts are split over the P ranks of `group` in contiguous blocks (`share_of_experts`); rows travel."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
@@ -50,11 +51,14 @@ class AllToAllDispatcher:
     def expert_range(self, num_experts: int) -> range:
         return share_of_experts(num_experts, self.rank, self.num_ranks)
 
+    def num_slots(self, num_experts: int) -> int:
+        return slots_of_experts(num_experts, self.num_ranks)
+
     def plan(self, expert_NK: torch.Tensor, num_experts: int) -> Plan:
         order_R, inverse_R, count_E = sort_by_expert(expert_NK, num_experts)
         if self.stream is None and count_E.is_cuda:
             self.stream = torch.cuda.Stream(count_E.device)
-        counts = CountExchange(count_E.view(self.num_ranks, -1).contiguous(), self.group, self.stream)
+        counts = CountExchange(counts_by_slot(count_E, self.num_ranks), self.group, self.stream)
         return Plan(order_R, inverse_R, None, expert_NK.shape[1], counts)
 
     def send(self, x: torch.Tensor, plan: Plan) -> Sent:
@@ -108,6 +112,15 @@ class GatheringDispatcher(LocalDispatcher):
     def expert_range(self, num_experts: int) -> range:
         return share_of_experts(num_experts, dist.get_rank(self.group), dist.get_world_size(self.group))
 
+    def num_slots(self, num_experts: int) -> int:
+        return slots_of_experts(num_experts, dist.get_world_size(self.group))
+
+    def plan(self, expert_NK: torch.Tensor, num_experts: int) -> Plan:
+        plan = super().plan(expert_NK, num_experts)
+        # Weights arrive with the slots of all ranks, the empty ones too.
+        plan.count_L = counts_by_slot(plan.count_L, dist.get_world_size(self.group)).flatten()
+        return plan
+
     def linear(self, x_RD: torch.Tensor, weight_LDF: torch.Tensor, plan: Plan, backend: str) -> torch.Tensor:
         product = partial(_product, x_RD, plan.count_L, backend)
         return with_all_experts(product, weight_LDF, self.group, keep=self.recomputed)
@@ -118,11 +131,31 @@ def _product(x_RD: torch.Tensor, count_E: torch.Tensor, backend: str, weight_EDF
 
 
 def share_of_experts(num_experts: int, rank: int, num_ranks: int) -> range:
-    """The contiguous block of experts that lives on `rank`; ValueError where they cannot be shared out evenly."""
-    if num_experts % num_ranks:
-        raise ValueError(f"{num_experts} experts are not divisible by {num_ranks} expert-parallel ranks")
-    local = num_experts // num_ranks
-    return range(rank * local, (rank + 1) * local)
+    """The contiguous block of experts that lives on `rank`: the first E mod P ranks hold one more than the others.
+
+    Raises ValueError where there are fewer experts than ranks.
+    """
+    if num_experts < num_ranks:
+        raise ValueError(f"{num_experts} experts cannot be shared out over {num_ranks} expert-parallel ranks")
+    size, larger = divmod(num_experts, num_ranks)
+    first = rank * size + min(rank, larger)
+    return range(first, first + size + (rank < larger))
+
+
+def slots_of_experts(num_experts: int, num_ranks: int) -> int:
+    """Places for experts in the tensors of every rank. Where shares differ, a rank with the smaller one has a slot of
+    zeros behind them: all ranks fill the buckets in which gradients are summed alike, and the most that a rank holds
+    is as much as without."""
+    return -(-num_experts // num_ranks)
+
+
+def counts_by_slot(count_E: torch.Tensor, num_ranks: int) -> torch.Tensor:
+    """Rows of every expert -> [P, L], by rank and slot; 0 for an empty slot."""
+    size, larger = divmod(count_E.shape[0], num_ranks)
+    if not larger:
+        return count_E.view(num_ranks, size).contiguous()
+    full, rest = count_E.split([larger * (size + 1), (num_ranks - larger) * size])
+    return torch.cat([full.view(larger, size + 1), F.pad(rest.view(num_ranks - larger, size), (0, 1))])
 
 
 class Dispatchers(NamedTuple):

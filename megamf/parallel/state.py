@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
@@ -20,8 +21,9 @@ from deepspeed.utils import (
 from torch import nn
 
 from megamf.checkpoint import Checkpoint
-from megamf.model.init import expert_indices
+from megamf.model.init import expert_counts, expert_indices
 from megamf.parallel import pieces
+from megamf.parallel.dispatch import share_of_experts
 from megamf.parallel.mesh import Mesh
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -60,34 +62,34 @@ def full_weights(engine: Any, mesh: Mesh) -> dict[str, torch.Tensor]:
 
 def _whole(engine: Any, mesh: Mesh, get: Callable[[nn.Parameter], torch.Tensor]) -> dict[str, torch.Tensor]:
     model = engine.module.model
-    experts = expert_indices(model)
+    counts = expert_counts(model)
     found = {}
     for name, parameter in model.named_parameters():
         share = get(parameter).detach().float().reshape(pieces.full_shape(parameter)).contiguous()
-        if name in experts and mesh.ep > 1:
+        if name in counts and mesh.ep > 1:
             shares = [torch.empty_like(share) for _ in range(mesh.ep)]
             dist.all_gather(shares, share, group=mesh.ep_group)
-            share = torch.cat(shares)
+            sizes = [len(share_of_experts(counts[name], rank, mesh.ep)) for rank in range(mesh.ep)]
+            share = torch.cat([part[:size] for part, size in zip(shares, sizes)])
         found[name] = share.cpu().clone()
     return found
 
 
-def global_shapes(model: nn.Module, mesh: Mesh) -> dict[str, tuple[int, ...]]:
+def global_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """State-dict key -> shape of the whole logical tensor (all experts), whatever share this rank holds."""
-    experts = expert_indices(model)
+    counts = expert_counts(model)
     shapes = {name: tuple(pieces.full_shape(parameter)) for name, parameter in model.named_parameters()}
-    return {name: (shape[0] * mesh.ep, *shape[1:]) if name in experts else shape for name, shape in shapes.items()}
+    return {name: (counts.get(name, shape[0]), *shape[1:]) for name, shape in shapes.items()}
 
 
-def expected_names(engine: Any, mesh: Mesh) -> set[str]:
+def expected_names(engine: Any) -> set[str]:
     """The names that all ranks together write."""
     model = engine.module.model
-    experts = expert_indices(model)
+    counts = expert_counts(model)
     names = set()
     for name, parameter in model.named_parameters():
         groups = ["weights", *MOMENTS] + (["master"] if parameter.dtype != torch.float32 else [])
-        count = len(experts[name]) * mesh.ep if name in experts else 0
-        suffixes = [f".{expert}" for expert in range(count)] if count else [""]
+        suffixes = [f".{expert}" for expert in range(counts[name])] if name in counts else [""]
         names.update(f"{group}/{name}{suffix}" for group in groups for suffix in suffixes)
     return names
 
@@ -157,7 +159,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     masters = set(checkpoint.logical_shapes("master"))
     for name, parameter in model.named_parameters():
         group = "master" if name in masters else "weights"
-        _set_weights(parameter, _read(checkpoint, name, group, experts))
+        _set_weights(parameter, _read(checkpoint, name, group, parameter, experts))
 
 
 @torch.no_grad()
@@ -174,11 +176,11 @@ def load_state(engine: Any, checkpoint: Checkpoint, step: int) -> None:
             state["step"].fill_(step)
     masters = set(checkpoint.logical_shapes("master"))
     for name, parameter in model.named_parameters():
-        weights = _read(checkpoint, name, "weights", experts)
-        master = _read(checkpoint, name, "master", experts) if name in masters else weights.float()
+        weights = _read(checkpoint, name, "weights", parameter, experts)
+        master = _read(checkpoint, name, "master", parameter, experts) if name in masters else weights.float()
         # A run that changes its precision continues from the better copy.
         _set_weights(parameter, weights if parameter.dtype == weights.dtype else master)
-        moments = {key: _read(checkpoint, name, key, experts).to(parameter.device) for key in MOMENTS}
+        moments = {key: _read(checkpoint, name, key, parameter, experts).to(parameter.device) for key in MOMENTS}
         if engine.zero_optimization_stage() == 0:
             state = engine.optimizer.state[parameter]
             for key, value in moments.items():
@@ -189,10 +191,15 @@ def load_state(engine: Any, checkpoint: Checkpoint, step: int) -> None:
             _set_moment(parameter, value, key)
 
 
-def _read(checkpoint: Checkpoint, name: str, group: str, experts: dict[str, range]) -> torch.Tensor:
-    if name in experts:
-        return checkpoint.stacked(name, list(experts[name]), group)
-    return checkpoint.full(name, group)
+def _read(
+    checkpoint: Checkpoint, name: str, group: str, parameter: nn.Parameter, experts: dict[str, range]
+) -> torch.Tensor:
+    """What this rank holds of a logical tensor; zeros in a slot without an expert."""
+    if name not in experts:
+        return checkpoint.full(name, group)
+    value_LDF = checkpoint.stacked(name, list(experts[name]), group)
+    empty = pieces.full_shape(parameter)[0] - len(value_LDF)
+    return F.pad(value_LDF, (0, 0, 0, 0, 0, empty)) if empty else value_LDF
 
 
 def create_moments(engine: Any) -> None:

@@ -41,11 +41,13 @@ def attention_expert_bytes(config: RunConfig, num_ranks: int) -> Traffic:
 
     rows = train.micro_batch * train.seq_len // config.parallel.context * model.k_att
     token_bytes = 2 * rows * (model.n_embd + model.att_hidden) * value_bytes * (2 + looks_ahead + recomputes)
-    values = 2 * model.n_att_experts * model.n_embd * model.att_hidden
+    # Every rank sends as many slots as the largest share has experts.
+    slots = sum(-(-model.num_experts(layer, "attention") // ranks) for layer in range(model.n_layer))
+    values = 2 * slots * model.n_embd * model.att_hidden
     weight_bytes = values * (value_bytes * (2 + looks_ahead) + 4)
 
-    times = model.n_layer * accumulation * (ranks - 1)
-    return Traffic(token_bytes * times // ranks, weight_bytes * times // ranks)
+    times = accumulation * (ranks - 1)
+    return Traffic(token_bytes * model.n_layer * times // ranks, weight_bytes * times)
 
 
 def attention_strategy(config: RunConfig, num_ranks: int) -> Strategy:

@@ -27,7 +27,7 @@ from megamf.model.init import expert_indices
 from megamf.model.objective import Objective
 from megamf.parallel import pieces
 from megamf.parallel.context import make_context
-from megamf.parallel.dispatch import Dispatchers
+from megamf.parallel.dispatch import Dispatchers, slots_of_experts
 from megamf.parallel.mesh import Mesh
 
 STAGES = (0, 1, 2, 3)
@@ -257,7 +257,7 @@ def _expert_marker(stage: int, config: RunConfig, mesh: Mesh) -> nn.Module:
         def __init__(self) -> None:
             nn.Module.__init__(self)
             self.num_experts = config.model.n_mlp_experts
-            self.num_local_experts = config.model.n_mlp_experts // mesh.ep
+            self.num_local_experts = slots_of_experts(config.model.n_mlp_experts, mesh.ep)
             self.ep_size = mesh.ep
             self.expert_group_name = mesh.group_name
 

@@ -123,8 +123,16 @@ class Job:
 
     @property
     def local_experts(self) -> int:
-        """Expert parameters a rank computes with."""
-        return self.counts.experts // self.ep if self.sparse else 0
+        """Expert parameters a rank holds, those of empty slots (where experts are not shared out evenly) included."""
+        if not self.sparse:
+            return 0
+        model = self.model
+        hidden = {"attention": model.att_hidden, "mlp": model.ffd_hidden}
+        return 2 * model.n_embd * sum(self.slots(kind) * width for kind, width in hidden.items())
+
+    def slots(self, kind: str) -> int:
+        """Places for experts of one kind that a rank has, all layers together."""
+        return sum(-(-self.model.num_experts(layer, kind) // self.ep) for layer in range(self.model.n_layer))
 
     @property
     def shared(self) -> int:

@@ -136,7 +136,7 @@ def _layer_workspace(job: Job, imbalance: float) -> int:
     kept, hidden = layer_activations(model, job.tokens, b, imbalance=imbalance)
     again = {"none": 0, "experts": hidden, "full": kept + hidden}[job.config.train.activation_checkpointing]
     copies = model.k_mlp * imbalance if job.sparse else 1
-    experts = model.n_mlp_experts // job.ep if job.sparse else 1
+    experts = -(-model.n_mlp_experts // job.ep) if job.sparse else 1
     passing = int(job.tokens * copies * 2 * (model.ffd_hidden + model.n_embd) * b)
     gathered = 0
     if job.sparse and job.ep > 1 and not job.moves_tokens:

@@ -72,7 +72,7 @@ def _experts(job: Job, imbalance: float) -> Iterator[Collective]:
         yield rows("attention experts: rows of width att_hidden", model.k_att, model.att_hidden)
     else:
         # Two matrices; gathered for the forward and the backward pass (where blocks are recomputed, for both at once).
-        values = model.n_att_experts * model.n_embd * model.att_hidden * away
+        values = job.slots("attention") * job.ep / model.n_layer * model.n_embd * model.att_hidden * away
         gathers = 2 * layers * (2 + ahead)
         yield Collective("attention experts: weights", "all_gather", group, gathers, values * b, values * b)
         yield Collective("attention experts: gradients", "reduce_scatter", group, 2 * layers, values * 4, values * 4)

@@ -153,3 +153,25 @@ def test_merge_keeps_what_the_top_does_not_name(base, top):
 def test_validate_takes_what_dump_writes():
     config = load_config(preset="nano")
     assert validate(yaml.safe_load(dump(config))) == config
+
+
+def test_a_model_taken_from_a_checkpoint(tmp_path):
+    model = load_config(overrides=["model.n_layer=2"]).model
+    pruned = model.model_copy(update={"n_mlp_experts": 30, "n_mlp_experts_per_layer": [30, 7], "resid_pdrop": 0.1})
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {n_layer: 2, n_mlp_experts: 32}\n")
+    # The file of the original run serves; dropout is as the checkpoint has it, or as it is given.
+    assert load_config(path, model=pruned).model == pruned
+    assert load_config(path, overrides=["model.resid_pdrop=0.3"], model=pruned).model.resid_pdrop == 0.3
+    with pytest.raises(ConfigError, match=r"model\.n_mlp_experts=32 in the command line, 30 in the checkpoint"):
+        load_config(path, overrides=["model.n_mlp_experts=32"], model=pruned)
+    path.write_text("model: {n_layer: 2, n_embd: 512}\n")
+    with pytest.raises(ConfigError, match=r"model\.n_embd=512 in the configuration file or preset, 1024 in the check"):
+        load_config(path, model=pruned)
+    with pytest.raises(ConfigError, match=r"unknown key model\.n_layr"):
+        load_config(overrides=["model.n_layr=2"], model=pruned)
+
+
+def test_a_dense_model_taken_from_a_checkpoint():
+    dense = load_config(overrides=["model.kind=dense", "model.n_layer=2"]).model
+    assert load_config(overrides=["model.n_layer=2"], model=dense).model == dense

@@ -16,7 +16,7 @@ def test_accumulation_steps_share_the_global_batch():
 
 @pytest.mark.parametrize(
     ("ep", "ranks", "message"),
-    [(4, 6, "world size 6 .*ep=4"), (3, 3, "n_att_experts=16 .*ep=3"), (16, 16, None)],
+    [(4, 6, "world size 6 .*ep=4"), (3, 3, None), (16, 16, None), (17, 17, "layer 0 has 16 attention .*ep=17")],
 )
 def test_layouts_are_checked_against_ranks_and_experts(ep, ranks, message):
     if message is None:

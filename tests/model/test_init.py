@@ -12,6 +12,9 @@ class Part(LocalDispatcher):
     def __init__(self, rank):
         self.rank = rank
 
+    def num_slots(self, num_experts):
+        return num_experts // 2
+
     def expert_range(self, num_experts):
         return range(self.rank * num_experts // 2, (self.rank + 1) * num_experts // 2)
 

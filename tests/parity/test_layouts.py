@@ -19,6 +19,12 @@ STEPS, SHORT = 20, 4
 STRATEGIES = {"tokens": "move_tokens", "weights": "gather_weights"}
 LAYOUTS = [(ep, stage) for ep in (1, 2, 4) for stage in (0, 1, 2, 3)]
 GMM = {"model": {"gate_type": "gmm"}, "routing_regularisation": 0.01}
+UNEVEN = {
+    "model": {
+        "n_att_experts": 5, "n_att_experts_per_layer": [5, 4], "n_mlp_experts": 7, "n_mlp_experts_per_layer": [6, 7],
+    }
+}  # fmt: skip
+UNEVEN_LAYOUTS = [(1, 1), (2, 0), (2, 1), (2, 3), (4, 1), (4, 2), (4, 3)]
 # Every parameter in pieces, gathered for each use and let go at once: defaults would keep this model whole.
 EAGER = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 2000}
 
@@ -93,6 +99,12 @@ def results(corpus, launch, tmp_path_factory) -> Path:
         cases[f"bf16-ep{ep}-zero{stage}"] = case(
             corpus, ep=ep, stage=stage, micro_batch=2, steps=SHORT, offload=offload, train={"precision": "bf16"}
         )
+    for ep, stage in UNEVEN_LAYOUTS:
+        cases[f"uneven-ep{ep}-zero{stage}"] = case(corpus, ep=ep, stage=stage, micro_batch=1, steps=SHORT, **UNEVEN)
+    for ep, stage in ((2, 1), (4, 3)):
+        cases[f"uneven-weights-ep{ep}-zero{stage}"] = case(
+            corpus, ep=ep, stage=stage, micro_batch=2, steps=SHORT, travels="weights", **UNEVEN
+        )
     cases["switch"] = case(corpus, ep=2, stage=1, micro_batch=1, steps=2, balance="switch")
     for scope in ("micro_batch", "rank"):
         cases[f"scope-{scope}"] = case(corpus, ep=4, stage=1, micro_batch=2, steps=2, scope=scope)
@@ -102,6 +114,7 @@ def results(corpus, launch, tmp_path_factory) -> Path:
         "alone-accumulated": case(corpus, ep=1, stage=0, micro_batch=2),
         "alone-rank": case(corpus, ep=1, stage=0, micro_batch=8, steps=2, scope="rank"),
         "alone-switch": case(corpus, ep=1, stage=1, micro_batch=8, steps=2, balance="switch"),
+        "alone-uneven": case(corpus, ep=1, stage=0, micro_batch=8, steps=SHORT, **UNEVEN),
         "alone-zero3": case(corpus, ep=1, stage=3, micro_batch=8),
         "alone-gmm": case(corpus, ep=1, stage=0, micro_batch=8, steps=2, **GMM),
     }
@@ -111,6 +124,8 @@ def results(corpus, launch, tmp_path_factory) -> Path:
         for ep in (1, 2)
         for stage in (0, 1, 2, 3)
     }
+    for stage in (0, 2):
+        pairs[f"uneven-ep2-zero{stage}"] = case(corpus, ep=2, stage=stage, micro_batch=4, steps=SHORT, **UNEVEN)
     launch("layout_worker.py", 2, pairs, out / "two")
     launch("layout_worker.py", 4, cases, out / "four")
     return out
@@ -195,6 +210,22 @@ def test_layout_matches_one_process(results, name):
     assert found["grad_norm"][0] == pytest.approx(wanted["grad_norm"][0], rel=1e-5)
     np.testing.assert_allclose(found["grad_norm"], wanted["grad_norm"][:steps], rtol=1e-2)
     assert wanted["loss"][-1] < wanted["loss"][0] - 0.3, "nothing was learnt: the comparison would prove little"
+
+
+UNEVEN_NAMES = [f"four/uneven-ep{ep}-zero{stage}" for ep, stage in UNEVEN_LAYOUTS]
+UNEVEN_NAMES += ["two/uneven-ep2-zero0", "two/uneven-ep2-zero2"]
+UNEVEN_NAMES += ["four/uneven-weights-ep2-zero1", "four/uneven-weights-ep4-zero3"]
+
+
+@pytest.mark.parametrize("name", UNEVEN_NAMES)
+def test_layers_with_different_numbers_of_experts(results, name):
+    """Numbers that ranks cannot share evenly: some ranks hold one expert more than others, in some layers."""
+    assert_agree(load_file(results / f"{name}.safetensors"), load_file(results / "one" / "alone-uneven.safetensors"))
+    wanted = json.loads((results / "one" / "alone-uneven.json").read_text())
+    found = json.loads((results / f"{name}.json").read_text())
+    for key in ("loss", "aux_loss"):
+        np.testing.assert_allclose(found[key], wanted[key], atol=1e-4, rtol=0, err_msg=key)
+    np.testing.assert_allclose(found["grad_norm"], wanted["grad_norm"], rtol=1e-2)
 
 
 def test_pieces_of_every_kind_of_router_and_the_routing_norm(results):

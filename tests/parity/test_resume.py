@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from megamf.checkpoint import Checkpoint, verify
+from megamf.modularity.edit import Kept, rearrange
+from megamf.modularity.places import Place
 
 STEPS = 8
 
@@ -40,7 +42,10 @@ def without_dropout(tree: dict) -> dict:
 
 @pytest.fixture(scope="module")
 def runs(corpus, launch, tmp_path_factory) -> Path:
-    """EP 2 on four ranks, through and resumed; then EP 2 -> one process -> EP 4, each from the one before."""
+    """EP 2 on four ranks, through and resumed; then EP 2 -> one process -> EP 4, each from the one before.
+
+    And EP 2 -> some modules less -> one process, and EP 2 again.
+    """
     root = tmp_path_factory.mktemp("resume")
 
     def job(name: str, layout: tuple, source: str | None = None, step: int = 4, *, dropout: bool = False) -> dict:
@@ -48,6 +53,9 @@ def runs(corpus, launch, tmp_path_factory) -> Path:
         if not dropout:
             without_dropout(tree)
         step_name = f"checkpoints/step-{step:08d}"
+        if source == "pruned":
+            with Checkpoint(root / source / step_name) as checkpoint:
+                tree["model"] = checkpoint.model
         return {"config": tree, "copy": [str(root / source / step_name), str(root / name)] if source else None}
 
     first = [
@@ -60,8 +68,14 @@ def runs(corpus, launch, tmp_path_factory) -> Path:
         job("bf16-zero1", (4, 4, 1, "bf16"), "bf16"),
     ]
     launch("resume_worker.py", 4, first, root / "first")
-    launch("resume_worker.py", 1, [job("alone", (1, 1, 1, "fp32"), "plain")], root / "second")
-    launch("resume_worker.py", 4, [job("ep4", (4, 4, 2, "fp32"), "alone", 6)], root / "third")
+    with Checkpoint(root / "plain" / "checkpoints" / "step-00000004") as source:
+        left = {Place(0, "mlp"): (0, 2, 3, 5, 7), Place(1, "attention"): (0, 1, 3)}
+        arrangement = {place: [Kept(index) for index in indices] for place, indices in left.items()}
+        rearrange(source, root / "pruned" / "checkpoints", arrangement, what={"job": "prune"})
+    second = [job("alone", (1, 1, 1, "fp32"), "plain"), job("pruned-alone", (1, 1, 1, "fp32"), "pruned")]
+    launch("resume_worker.py", 1, second, root / "second")
+    third = [job("ep4", (4, 4, 2, "fp32"), "alone", 6), job("pruned-ep2", (4, 2, 1, "fp32"), "pruned")]
+    launch("resume_worker.py", 4, third, root / "third")
     return root
 
 
@@ -85,7 +99,12 @@ def test_same_topology_is_bit_exact(runs, run, again):
 
 @pytest.mark.parametrize(
     ("run", "resumed", "steps"),
-    [("plain", "zero0", [5, 6, 7, 8]), ("plain", "alone", [5, 6, 7, 8]), ("plain", "ep4", [7, 8])],
+    [
+        ("plain", "zero0", [5, 6, 7, 8]),
+        ("plain", "alone", [5, 6, 7, 8]),
+        ("plain", "ep4", [7, 8]),
+        ("pruned-alone", "pruned-ep2", [5, 6, 7, 8]),
+    ],
 )
 def test_other_topology_agrees_to_rounding(runs, run, resumed, steps):
     through, found = losses(runs / run), losses(runs / resumed)
