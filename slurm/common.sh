@@ -6,6 +6,7 @@
 #   MEGAMF_TRAIN         training data: PREFIX or PREFIX:WEIGHT, several separated by spaces
 #   MEGAMF_VALID         validation data, likewise (none)
 #   MEGAMF_EP            ranks that share one copy of the experts               (1)
+#   MEGAMF_CONTEXT       ranks that share one sequence                          (1)
 #   MEGAMF_DEEPSPEED     packaged DeepSpeed configuration or a JSON file        (zero1)
 #   MEGAMF_OVERRIDES     further section.key=value, separated by spaces
 #   MEGAMF_VENV          virtual environment to activate                        (.venv in the checkout)
@@ -122,6 +123,7 @@ arguments=(
   "data.tokenizer=$MEGAMF_TOKENIZER"
   "data.train=$(sources "$MEGAMF_TRAIN")"
   "parallel.ep=${MEGAMF_EP:-1}"
+  "parallel.context=${MEGAMF_CONTEXT:-1}"
   "deepspeed=${MEGAMF_DEEPSPEED:-zero1}"
   logging.progress=false
 )

@@ -214,7 +214,7 @@ def _micro_batch(objective: Objective, job: Job, live: LiveBytes) -> int:
     input_BT, label_BT = torch.zeros(B, T, dtype=torch.int64), torch.zeros(B, T, dtype=torch.int64)
     start_BT = torch.zeros(B, T, dtype=torch.int32) if config.data.document_mask else None
     before = live.now
-    loss, sums = objective(input_BT, label_BT, start_BT)
+    loss, sums, _ = objective(input_BT, label_BT, start_BT)
     if sums is not None:
         loss = loss + auxiliary_loss(sums, sums, config.losses)
         if config.losses.routing_regularisation:

@@ -54,7 +54,9 @@ def test_memory_is_within_a_tenth(name, cases, measured):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_fake_step_counts_what_a_real_one_holds(name, cases, measured):
-    assert fake_step(cases[name], WORLD).peak == pytest.approx(measured[name]["peak"], rel=0.15)
+    # Gathered weights with full recomputation: the real step holds an eighth more, for a reason that is not found yet.
+    tolerance = 0.13 if "gathered" in name else 0.05
+    assert fake_step(cases[name], WORLD).peak == pytest.approx(measured[name]["peak"], rel=tolerance)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
