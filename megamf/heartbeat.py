@@ -1,5 +1,6 @@
 """Signs of life of a rank: what it did last and when, in memory and in a small file that the other ranks can read."""
 
+import ctypes
 import json
 import os
 import signal
@@ -8,6 +9,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
+
+_libc = ctypes.CDLL(None)
 
 
 @dataclass
@@ -117,7 +120,8 @@ def is_here(heartbeat: Heartbeat) -> bool:
 def send(heartbeat: Heartbeat, *signals: signal.Signals) -> bool:
     """Send signals to the very process that wrote this heartbeat, in order; False, and nothing sent, if it is not here.
 
-    The process is held by a descriptor while it is checked, so that no other can take its id in between.
+    The process is held by a descriptor while it is checked, so that no other can take its id in between. They go to its
+    main thread: a stopped process would take them in whichever of its threads comes first.
     """
     try:
         process = os.pidfd_open(heartbeat.pid)
@@ -127,7 +131,10 @@ def send(heartbeat: Heartbeat, *signals: signal.Signals) -> bool:
         if not is_here(heartbeat):
             return False
         for number in signals:
-            signal.pidfd_send_signal(process, number)
+            if number in (signal.SIGCONT, signal.SIGSTOP):
+                signal.pidfd_send_signal(process, number)
+            elif _libc.tgkill(heartbeat.pid, heartbeat.pid, number):
+                return False
         return True
     except OSError:
         return False

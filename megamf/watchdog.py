@@ -6,9 +6,10 @@ every rank writes the Python stacks of all its threads to RUN_DIR/stacks and to 
 behind, makes stopped processes of its machine do the same, and exits with code 1; the launcher ends what is left.
 
 All ranks that can run have ended at most 1.2 x hang_timeout + 15 s after the last sign of life of any rank (before the
-first step, at least a minute stands for hang_timeout). A stopped process (SIGSTOP) is told to go on once the stack of its main thread is
-asked for, and ends on the connections that broke meanwhile; what is told of it is what it wrote last, which may be 1/20
-of hang_timeout (at most 15 s) old. `kill -USR2 PID` writes the stack of a rank's main thread at any time, and it goes on.
+first step, at least a minute stands for hang_timeout). A stopped process (SIGSTOP) is told to go on once the stack of
+its main thread is asked for, and ends on the connections that broke meanwhile; what is told of it is what it wrote
+last, which may be 1/20 of hang_timeout (at most 15 s) old. `kill -USR2 PID` writes the stack of a rank's main thread at
+any time, and it goes on.
 
 Not noticed: a lone process that hangs inside C code that holds the interpreter lock. A job that was suspended as a
 whole (Ctrl-Z, `scontrol suspend`) counts from where it was resumed.
