@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from megamf.apex import fused_adam
-from megamf.callbacks.checkpointing import Checkpointing, find_resume
-from megamf.callbacks.evaluation import Evaluation
+from megamf.callbacks.checkpointing import Checkpointing, find_resume, inserted_modules
+from megamf.callbacks.evaluation import Evaluation, Part
 from megamf.callbacks.guards import Guarding
 from megamf.callbacks.metrics import Metrics, require_wandb
 from megamf.callbacks.preemption import Preemption
@@ -56,6 +56,7 @@ def build_trainer(
     find_resume(config.checkpoint.resume, config.run.dir / "checkpoints")
     if config.checkpoint.init_from is not None:
         resolve(config.checkpoint.init_from)
+    inserted = inserted_modules(config)
     check_writable(config.run.dir)
     claim(config, write=process.rank == 0)
     with ExitStack() as stack:
@@ -72,12 +73,13 @@ def build_trainer(
             ProgressDisplay(config.logging.progress),
             Guarding(config.guards, checkpointing),
         ]
-        if valid is not None:
-            validation = stack.enter_context(step_loader(valid, config, process))
-            callbacks.append(Evaluation(validation, valid_bytes_per_token(config)))
+        if valid:
+            loaders = [stack.enter_context(step_loader(item.blend, config, process)) for item in valid]
+            parts = [Part(item.name, item.share, loader) for item, loader in zip(valid, loaders)]
+            callbacks.append(Evaluation(parts, valid_bytes_per_token(config)))
         stack.enter_context(process_group(process))
         stack.push(lambda kind, error, trace: checkpointing.writer.leave() if error is not None else None)
-        trainer = Trainer(config, loader, callbacks)
+        trainer = Trainer(config, loader, callbacks, inserted)
         if config.logging.straggler_every and process.world > 1:
             stack.enter_context(trainer.stopwatch)
             trainer.callbacks.append(Stragglers(config.logging))

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from megamf.model import ModuleFormer
 from megamf.model.losses import Packed, auxiliary_loss
 from megamf.model.objective import Objective
 from megamf.model.router import Router
+from megamf.model.tuning import Inserted, specialise
 from megamf.parallel.dispatch import make_dispatchers
 from megamf.parallel.mesh import create_mesh
 from megamf.parallel.state import create_moments, torch_optimizer
@@ -57,10 +59,17 @@ class StepResult:
 class Trainer:
     """Builds model and engine for this rank's place in the grid and trains. Collective in every method.
 
-    `loader` is what `fit` reads from; None for those who bring their own batches to `train_step`.
+    `loader` is what `fit` reads from; None for those who bring their own batches to `train_step`. `inserted`: the
+    modules that `config.tune` may be about.
     """
 
-    def __init__(self, config: RunConfig, loader: StepLoader | None, callbacks: Sequence[Callback] = ()) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        loader: StepLoader | None,
+        callbacks: Sequence[Callback] = (),
+        inserted: Inserted = MappingProxyType({}),
+    ) -> None:
         self.config = config
         self.loader = loader
         self.callbacks = list(callbacks)
@@ -81,8 +90,11 @@ class Trainer:
         )
         model = build_model(config, self.mesh, self.dispatchers)
         model.set_activation_checkpointing(config.train.activation_checkpointing)
-        measure_rows = config.losses.routing_regularisation > 0
-        objective = Objective(model, config.train.loss_chunk, measure_rows=measure_rows)
+        specialise(model, config.tune, inserted)
+        # A configuration has one of the two.
+        self.row_weight = config.losses.routing_regularisation + config.tune.rows_regularisation
+        rows = "none" if not self.row_weight else "inserted" if config.tune.rows_regularisation else "all"
+        objective = Objective(model, config.train.loss_chunk, measure_rows=rows)
         beat("engine")
         self.engine = build_engine(objective, config, self.mesh)
         beat("moments")
@@ -219,7 +231,7 @@ class Trainer:
         added = value * factor
         if row_norm is not None:
             # No share but the whole, on every rank: the engine's average leaves it as it is.
-            norm = losses.routing_regularisation * row_norm
+            norm = self.row_weight * row_norm
             added, value = added + norm, value + norm
         return added, value.detach(), scope
 

@@ -13,10 +13,16 @@ import pytest
 import torch
 
 from megamf import faults, train
+from megamf.build import build_trainer
 from megamf.callbacks.preemption import SIGNALS
 from megamf.checkpoint import Checkpoint, latest, list_steps, save, verify
 from megamf.cli import run
+from megamf.config import ModelConfig, load_config
+from megamf.modularity.edit import Kept, rearrange
+from megamf.modularity.insert import arrangement, random_row, random_template
+from megamf.modularity.places import Place, module_size
 from megamf.parallel.launch import Process, process_group
+from megamf.parallel.state import torch_optimizer
 
 MODEL = [
     "model.vocab_size=61", "model.n_layer=2", "model.n_embd=16", "model.att_hidden=16", "model.ffd_hidden=16",
@@ -337,3 +343,128 @@ def test_activation_checkpointing_changes_no_loss(finished, corpus, tmp_path, mo
     assert run(train.main, arguments(tmp_path / "run", corpus, f"train.activation_checkpointing={mode}")) == 0
     found = [record["loss"] for record in records(tmp_path / "run") if "loss" in record]
     assert found == pytest.approx([r["loss"] for r in records(finished) if "loss" in r], abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def edited(tmp_path_factory, corpus):
+    """A run `base` of four steps; `grown`: with a new MLP module in layer 1; `pruned`: without one in layer 0."""
+    edited = tmp_path_factory.mktemp("tuned")
+    words = [f"run.dir={edited / 'base'}", f"data.train=[{{path: {corpus}}}]", *MODEL, *TRAIN]
+    assert run(train.main, words) == 0
+    with Checkpoint(edited / "base") as base:
+        model = load_config(overrides=MODEL).model
+        grown = arrangement(
+            base,
+            {"attention": 0, "mlp": 1},
+            lambda place, number: random_template(model, place, number, 0),
+            lambda place, number, _: random_row(model, place, number, 0),
+            zero_output=False,
+        )
+        last = {place: slots for place, slots in grown.items() if place == Place(1, "mlp")}
+        rearrange(base, edited / "grown", last, what={"job": "insert"})
+        rearrange(base, edited / "pruned", {Place(0, "mlp"): [Kept(i) for i in (0, 2, 3)]}, what={"job": "prune"})
+        # An inserted module before one that is none.
+        slots = [grown[Place(1, "mlp")][i] for i in (0, 4, 1)]
+        rearrange(base, edited / "mixed", {Place(1, "mlp"): slots}, what={"job": "insert"})
+    return edited
+
+
+def tuned_from(edited: Path, corpus: Path, name: str, source: str, *more: str) -> list[str]:
+    """Of a run `name` that starts from `source`."""
+    start = ["--model-from", str(edited / source), f"checkpoint.init_from={edited / source}"]
+    return [f"run.dir={edited / name}", f"data.train=[{{path: {corpus}}}]", *start, *TRAIN, *more]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_pruned_model_is_tuned_on_without_typing_its_numbers(edited, corpus, resume):
+    name = f"again-{resume}"
+    more = [f"checkpoint.resume={edited / 'pruned'}", "train.steps=5"] if resume else []
+    assert run(train.main, tuned_from(edited, corpus, name, "pruned", *more)) == 0
+    with Checkpoint(edited / name) as checkpoint:
+        assert checkpoint.model["n_mlp_experts_per_layer"] == [3, 4]
+        assert checkpoint.state["optimizer_step"] == checkpoint.step == (5 if resume else 4)
+
+
+def test_a_contradiction_names_both_values(edited, corpus, capsys):
+    assert run(train.main, tuned_from(edited, corpus, "no", "pruned", "model.n_embd=32")) == 2
+    assert "model.n_embd=32 in the command line, 16 in the checkpoint" in capsys.readouterr().err
+    assert not (edited / "no").exists()
+
+
+def test_state_of_the_trained_part_alone(edited, corpus):
+    """One MLP module and its row; AdamW keeps two moments of each, and an fp32 copy where DeepSpeed needs one."""
+    tree = [f"run.dir={edited / 'size'}", f"data.train=[{{path: {corpus}}}]", *TRAIN, "deepspeed=zero1"]
+    tree += [f"checkpoint.init_from={edited / 'grown'}", "tune.strategy=router_rows"]
+    with Checkpoint(edited / "grown") as checkpoint:
+        model = ModelConfig.model_validate(checkpoint.model)
+    with build_trainer(load_config(overrides=tree, model=model), Process(0, 1, 0)) as (trainer, _):
+        trained = module_size(model, "mlp")
+        moments = sum(
+            state[key].numel()
+            for state in torch_optimizer(trainer.engine).state.values()
+            for key in ("exp_avg", "exp_avg_sq")
+        )
+        assert moments == 2 * trained
+        assert sum(p.numel() for p in trainer.model.parameters() if p.requires_grad) == trained
+        assert sum(group.numel() for group in trainer.engine.optimizer.bit16_groups_flat) == trained
+
+
+def test_forgetting_is_seen_as_it_happens(edited, corpus, capsys):
+    """Two validation sources: the loss on each, and together by their weights."""
+    sources = f"data.valid=[{{path: {corpus}, weight: 3}}, {{path: {edited / 'other'}}}]"
+    for suffix in (".bin", ".idx", ".json"):
+        (edited / f"other{suffix}").write_bytes(corpus.with_name(corpus.name + suffix).read_bytes())
+    assert (
+        run(
+            train.main,
+            tuned_from(edited, corpus, "seen", "grown", sources, "tune.strategy=inserted", "data.valid_fraction=0"),
+        )
+        == 0
+    )
+    lines = [json.loads(line) for line in (edited / "seen" / "metrics.jsonl").read_text().splitlines()]
+    [found] = [line for line in lines if "valid_loss" in line]
+    old, new = found["valid_loss/text"], found["valid_loss/other"]
+    assert old == new, "the same documents, so the same samples"
+    assert found["valid_loss"] == pytest.approx(0.75 * old + 0.25 * new)
+    assert f"(text {old:.4f}, other {new:.4f})" in capsys.readouterr().err
+    with Checkpoint(edited / "seen") as after, Checkpoint(edited / "grown") as before:
+        name = "transformer.h.1.mlpf.experts.weight"
+        assert torch.equal(after.tensor(f"{name}.3"), before.tensor(f"{name}.3"))
+        assert not torch.equal(after.tensor(f"{name}.4"), before.tensor(f"{name}.4"))
+
+
+@pytest.mark.parametrize(
+    ("source", "more", "message"),
+    [
+        ("pruned", ["tune.strategy=inserted"], "has no inserted modules, which tune.strategy=inserted would train"),
+        ("mixed", ["tune.strategy=inserted"], "needs the inserted modules last"),
+        ("grown", ["tune.strategy=inserted", "deepspeed=zero3"], "use deepspeed=zero2"),
+        ("grown", ["tune.strategy=inserted", "parallel.ep=2"], "needs parallel.ep=1, not 2"),
+        ("grown", ["tune.embeddings=true"], "tune.embeddings=True needs tune.strategy=inserted or router_rows"),
+        ("grown", ["tune.rows_regularisation=0.1"], "tune.rows_regularisation=0.1 needs tune.strategy=inserted"),
+        (
+            "grown",
+            ["tune.strategy=inserted", "tune.rows_regularisation=0.1", "losses.routing_regularisation=0.2"],
+            "measure rows of the same routers: give one of the two",
+        ),
+    ],
+)
+def test_what_cannot_be_tuned(edited, corpus, capsys, source, more, message):
+    assert run(train.main, tuned_from(edited, corpus, "refused", source, *more)) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (edited / "refused").exists()
+
+
+def test_nothing_to_tune(edited, corpus, capsys):
+    command = [f"run.dir={edited / 'refused'}", f"data.train=[{{path: {corpus}}}]", *MODEL, *TRAIN]
+    assert run(train.main, [*command, "tune.strategy=inserted"]) == 2
+    assert "starts from nothing: give checkpoint.init_from" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_run_that_trained_less_is_not_resumed_as_one_that_trains_all(edited, corpus, capsys):
+    assert run(train.main, tuned_from(edited, corpus, "less", "grown", "tune.strategy=router_rows")) == 0
+    assert run(train.main, tuned_from(edited, corpus, "less", "grown", "train.steps=5")) == 2
+    assert "tune.strategy: 'router_rows' there, 'full' now" in capsys.readouterr().err
+    resume = [f"checkpoint.resume={edited / 'less'}", "train.steps=5"]
+    assert run(train.main, tuned_from(edited, corpus, "more", "grown", *resume)) == 2
+    assert "it was trained with tune.strategy=router_rows" in " ".join(capsys.readouterr().err.split())

@@ -39,6 +39,7 @@ from megamf.parallel.state import (
     global_shapes,
     load_state,
     load_weights,
+    missing_state,
     optimizer_step,
     owned_state,
     refresh_masters,
@@ -154,6 +155,7 @@ class Checkpointing(Callback):
         with Checkpoint(path) as checkpoint:
             check_model(checkpoint, global_shapes(trainer.model))
             check_resumable(checkpoint)
+            check_trained(checkpoint, missing_state(trainer.engine, checkpoint))
             check_batches(checkpoint.state, trainer.config)
             state = self._load(trainer, checkpoint)
         trainer.guard.restore(state.get("guard", {}))
@@ -248,6 +250,51 @@ def check_resumable(checkpoint: Checkpoint) -> None:
             f"{checkpoint.path} holds weights without the state of a run: it cannot be resumed; "
             f"start a new run from it with checkpoint.init_from={checkpoint.path} and checkpoint.resume=auto"
         )
+
+
+def check_trained(checkpoint: Checkpoint, missing: list[str]) -> None:
+    """A run that trains more than the checkpoint's did is another run; raises UserError."""
+    if missing:
+        strategy = checkpoint.state.get("config", {}).get("tune", {}).get("strategy", "full")
+        raise UserError(
+            f"{checkpoint.path} has no moments for {len(missing)} of the tensors that this run trains, the first being "
+            f"{missing[0]}: it was trained with tune.strategy={strategy}; keep its tune section, or start a new run "
+            f"from its weights with checkpoint.init_from={checkpoint.path}"
+        )
+
+
+def inserted_modules(config: RunConfig) -> dict[tuple[int, str], int]:
+    """(layer, kind) -> inserted modules of the checkpoint that this run starts or goes on from; empty unless tuned.
+
+    Raises UserError where there is no such checkpoint, no such module, or one before a module that is none.
+    """
+    strategy = config.tune.strategy
+    if strategy == "full":
+        return {}
+    path = find_resume(config.checkpoint.resume, config.run.dir / "checkpoints") or config.checkpoint.init_from
+    if path is None:
+        raise UserError(
+            f"tune.strategy={strategy} trains inserted modules, but this run starts from nothing: give "
+            "checkpoint.init_from, a checkpoint made by `megamf modules insert`"
+        )
+    with Checkpoint(path) as checkpoint:
+        path, table = checkpoint.path, checkpoint.modules
+    found: dict[tuple[int, str], int] = {}
+    for row in sorted(table, key=lambda row: (row.layer, row.kind, row.index)):
+        place = row.layer, row.kind
+        if row.provenance == "inserted":
+            found[place] = found.get(place, 0) + 1
+        elif place in found:
+            raise UserError(
+                f"{path}: module {row.id} comes after inserted ones of its layer; tune.strategy={strategy} needs the "
+                "inserted modules last"
+            )
+    if not found:
+        raise UserError(
+            f"{path} has no inserted modules, which tune.strategy={strategy} would train: make some with "
+            "`megamf modules insert`, or use tune.strategy=full"
+        )
+    return found
 
 
 def check_batches(state: dict[str, Any], config: RunConfig) -> None:

@@ -3,8 +3,9 @@
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -17,11 +18,23 @@ if TYPE_CHECKING:
     from megamf.trainer import StepResult, Trainer
 
 
-class Evaluation(Callback):
-    """Every `train.eval_every` steps and after the last one: mean cross entropy, perplexity, bits per byte."""
+class Part(NamedTuple):
+    """One source of the evaluation, and its share of the whole."""
 
-    def __init__(self, loader: "StepLoader", bytes_per_token: float | None) -> None:
-        self.loader = loader
+    name: str
+    share: float
+    loader: "StepLoader"
+
+
+class Evaluation(Callback):
+    """Every `train.eval_every` steps and after the last one: mean cross entropy, perplexity, bits per byte.
+
+    Of several sources each is measured by itself, on `train.eval_batches` global batches of its own, so that what is
+    lost on one is not hidden by what is won on another; together they count by their weights.
+    """
+
+    def __init__(self, parts: Sequence[Part], bytes_per_token: float | None) -> None:
+        self.parts = parts
         self.bytes_per_token = bytes_per_token
 
     def on_step_end(self, trainer: "Trainer", result: "StepResult") -> None:
@@ -48,26 +61,31 @@ class Evaluation(Callback):
 
     @torch.no_grad()
     def evaluate(self, trainer: "Trainer") -> dict[str, float] | None:
-        """`loss` in nats per token, `perplexity`, `bits_per_byte` (where the data's raw size is known), module load.
+        """`loss` in nats per token, `perplexity`, `bits_per_byte` (where the data's raw size is known), module load;
+        of several sources also `loss/NAME` of each.
 
         None where the ranks agreed to stop: each looks up before every batch.
         """
         began = time.perf_counter()
         trainer.engine.eval()
-        sums = torch.zeros(2, dtype=torch.float64)
-        routers = None
-        for batch_index in range(trainer.config.train.eval_batches):
-            reach("evaluation")
-            if trainer.agree_to_stop():
-                return None
-            for batch in self.loader.step(batch_index * trainer.config.train.global_batch):
-                loss, packed, _ = trainer.objective(*trainer.on_device(batch))
-                sums += torch.tensor([loss.item(), float((batch.label_BT != -100).sum())], dtype=torch.float64)
-                if packed is not None:
-                    routers = packed if routers is None else routers.with_flat(routers.flat() + packed.flat())
-        total = trainer.total(sums)
-        loss = (total[0] / total[1]).item()
+        losses, routers = {}, None
+        for part in self.parts:
+            sums = torch.zeros(2, dtype=torch.float64)
+            for batch_index in range(trainer.config.train.eval_batches):
+                reach("evaluation")
+                if trainer.agree_to_stop():
+                    return None
+                for batch in part.loader.step(batch_index * trainer.config.train.global_batch):
+                    loss, packed, _ = trainer.objective(*trainer.on_device(batch))
+                    sums += torch.tensor([loss.item(), float((batch.label_BT != -100).sum())], dtype=torch.float64)
+                    if packed is not None:
+                        routers = packed if routers is None else routers.with_flat(routers.flat() + packed.flat())
+            total = trainer.total(sums)
+            losses[part.name] = (total[0] / total[1]).item()
+        loss = sum(part.share * losses[part.name] for part in self.parts)
         evaluation = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "seconds": time.perf_counter() - began}
+        if len(losses) > 1:
+            evaluation |= {f"loss/{name}": value for name, value in losses.items()}
         if self.bytes_per_token:
             evaluation["bits_per_byte"] = loss / math.log(2) / self.bytes_per_token
         if routers is not None:

@@ -89,7 +89,11 @@ class ProgressDisplay(Callback):
 
 def describe(evaluation: dict[str, float]) -> str:
     """One line for a person."""
-    parts = [f"valid loss {evaluation['loss']:.4f}", f"perplexity {evaluation['perplexity']:.2f}"]
+    each = ", ".join(f"{key.removeprefix('loss/')} {evaluation[key]:.4f}" for key in evaluation if "loss/" in key)
+    parts = [
+        f"valid loss {evaluation['loss']:.4f}" + (f" ({each})" if each else ""),
+        f"perplexity {evaluation['perplexity']:.2f}",
+    ]
     if "bits_per_byte" in evaluation:
         parts.append(f"{evaluation['bits_per_byte']:.3f} bits/byte")
     for kind in ("attention", "mlp"):

@@ -108,13 +108,14 @@ class Checkpoint:
         Raises UserError for a key that has no modules or an index outside them.
         """
         shape = self.logical_shapes(group).get(key)
-        if shape is None or not self.has(layout.expert_name(key, 0), group):
+        if shape is None or not self.has(layout.expert_name(key, 0)):
             raise UserError(f"{self.path} has no expert tensor {group}/{key}")
         chosen = range(shape[0]) if experts is None else experts
         outside = [index for index in chosen if not 0 <= index < shape[0]]
         if outside:
             raise UserError(f"{self.path}: {group}/{key} has the modules 0..{shape[0] - 1}, not {outside[:8]}")
-        out = torch.empty((len(chosen), *shape[1:]), dtype=self.dtype(layout.expert_name(key, 0), group))
+        first = layout.expert_name(key, chosen[0] if len(chosen) else 0)
+        out = torch.empty((len(chosen), *shape[1:]), dtype=self.dtype(first, group))
         for place, index in enumerate(chosen):
             self._read_into(layout.expert_name(key, index), group, out[place])
         return out

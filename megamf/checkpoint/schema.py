@@ -89,7 +89,8 @@ def logical_shapes(tensors: Mapping[str, TensorEntry], group: str) -> dict[str, 
     """State_dict key -> logical shape ([E, in, out] for expert tensors) of one group, in sorted order of keys.
 
     Raises ValueError where modules are missing (indices must be 0..E-1), differ in shape or dtype, or where a
-    key is stored both whole and in modules.
+    key is stored both whole and in modules. Other groups than the weights may have some modules only, those that are
+    trained; E is then the weights'.
     """
     whole: dict[str, tuple[int, ...]] = {}
     experts: dict[str, dict[int, TensorEntry]] = {}
@@ -105,21 +106,26 @@ def logical_shapes(tensors: Mapping[str, TensorEntry], group: str) -> dict[str, 
     for key, modules in experts.items():
         if key in whole:
             raise ValueError(f"{group}/{key} is stored both whole and in modules")
-        missing = sorted(set(range(max(modules) + 1)) - set(modules))
-        if missing:
-            raise ValueError(f"{group}/{key} lacks module {missing[0]} ({len(missing)} missing of {max(modules) + 1})")
+        lowest, count = min(modules), max(modules) + 1
+        if group == layout.WEIGHTS:
+            missing = sorted(set(range(count)) - set(modules))
+            if missing:
+                raise ValueError(f"{group}/{key} lacks module {missing[0]} ({len(missing)} missing of {count})")
+        while group != layout.WEIGHTS and layout.full_name(layout.expert_name(key, count)) in tensors:
+            count += 1
+        first = modules[lowest]
         for index, entry in sorted(modules.items()):
-            if (entry.shape, entry.dtype) != (modules[0].shape, modules[0].dtype):
+            if (entry.shape, entry.dtype) != (first.shape, first.dtype):
                 raise ValueError(
                     f"{group}/{key}: module {index} is {entry.dtype} {entry.shape}, "
-                    f"module 0 is {modules[0].dtype} {modules[0].shape}"
+                    f"module {lowest} is {first.dtype} {first.shape}"
                 )
-        whole[key] = (len(modules), *modules[0].shape)
+        whole[key] = (count, *first.shape)
     return dict(sorted(whole.items()))
 
 
 def check_tensors(tensors: Mapping[str, TensorEntry]) -> None:
-    """Raise ValueError unless every group is complete in itself and fits the weights in names and shapes."""
+    """Raise ValueError unless the weights are complete in themselves and every group fits them in names and shapes."""
     weights = logical_shapes(tensors, layout.WEIGHTS)
     for group in layout.GROUPS[1:]:
         for key, shape in logical_shapes(tensors, group).items():

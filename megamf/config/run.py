@@ -69,6 +69,29 @@ class Losses(Section):
         return self
 
 
+class Tune(Section):
+    """Which parameters are trained. Inserted modules are those that the module table of the checkpoint says were."""
+
+    strategy: Literal["full", "inserted", "router_rows"] = Field(
+        "full",
+        description="full: everything; inserted: inserted modules and all routers; router_rows: inserted modules and "
+        "their rows of the routers. The rest stays as it is and has no optimizer state",
+    )
+    embeddings: bool = Field(False, description="train embedding and head too (with strategy full they always are)")
+    rows_regularisation: NonNegativeFloat = Field(
+        0.0, description="weight of ||A'||^2, the squared norm of the routers' rows of inserted modules"
+    )
+
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> "Tune":
+        for key in ("embeddings", "rows_regularisation"):
+            if self.strategy == "full" and getattr(self, key):
+                raise ValueError(
+                    f"tune.{key}={getattr(self, key)} needs tune.strategy=inserted or router_rows, not full"
+                )
+        return self
+
+
 class Optim(Section):
     """AdamW and its learning-rate schedule, in steps."""
 
@@ -123,7 +146,7 @@ class Train(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     activation_checkpointing: Literal["none", "experts", "full"] = "none"
     eval_every: NonNegativeInt = Field(0, description="steps between evaluations; 0 evaluates at the end only")
-    eval_batches: PositiveInt = Field(16, description="global batches per evaluation")
+    eval_batches: PositiveInt = Field(16, description="global batches per evaluation, of each validation source")
     loss_chunk: PositiveInt = Field(4096, description="tokens whose logits are in memory at one time")
     hang_timeout: float = Field(
         600.0,
@@ -268,6 +291,7 @@ class RunConfig(Section):
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: Data = Field(default_factory=Data)
     losses: Losses = Field(default_factory=Losses)
+    tune: Tune = Field(default_factory=Tune)
     optim: Optim = Field(default_factory=Optim)
     train: Train = Field(default_factory=Train)
     experts: Experts = Field(default_factory=Experts)
@@ -286,6 +310,24 @@ class RunConfig(Section):
             raise ValueError(
                 f"optim.warmup_steps={self.optim.warmup_steps} + optim.decay_steps={self.optim.decay_steps} "
                 f"= {span} is longer than train.steps={self.train.steps}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tunes_what_there_is(self) -> "RunConfig":
+        if self.tune.strategy == "full":
+            return self
+        if self.model.kind == "dense":
+            raise ValueError(f"tune.strategy={self.tune.strategy} needs experts, but model.kind=dense has none")
+        if self.parallel.ep > 1:
+            raise ValueError(
+                f"tune.strategy={self.tune.strategy} needs parallel.ep=1, not {self.parallel.ep}: inserted modules "
+                "come last in their layers, so the last ranks would hold all that is trained"
+            )
+        if self.tune.rows_regularisation and self.losses.routing_regularisation:
+            raise ValueError(
+                f"tune.rows_regularisation={self.tune.rows_regularisation} and losses.routing_regularisation="
+                f"{self.losses.routing_regularisation} measure rows of the same routers: give one of the two"
             )
         return self
 

@@ -64,11 +64,20 @@ def open_train(config: RunConfig) -> Blend:
     return blend
 
 
-def open_valid(config: RunConfig) -> Blend | None:
-    """The validation blend: `data.valid`, or the last share `data.valid_fraction` of each training source.
+@dataclass(frozen=True)
+class Validation:
+    """One source that is evaluated on: its name among the sources, its share of the whole, its samples."""
 
-    None when the configuration asks for neither. Its samples from 0 on are the same for every seed. Raises
-    UserError as `open_train` does.
+    name: str
+    share: float
+    blend: Blend
+
+
+def open_valid(config: RunConfig) -> list[Validation]:
+    """What is evaluated on: `data.valid`, or the last share `data.valid_fraction` of each training source.
+
+    Empty when the configuration asks for neither. Samples from 0 on are the same for every seed. Raises UserError as
+    `open_train` does.
     """
     if config.data.valid:
         sources = config.data.valid
@@ -77,9 +86,26 @@ def open_valid(config: RunConfig) -> Blend | None:
         sources = config.data.train
         parts = [_split(dataset, config.data.valid_fraction)[1] for dataset in _open(config, sources)]
     else:
-        return None
-    weights = [source.weight for source in sources]
-    return Blend(parts, weights, config.train.seq_len, VALID_SEED, config.model.vocab_size)
+        return []
+    total = sum(source.weight for source in sources)
+    return [
+        Validation(
+            name,
+            source.weight / total,
+            Blend([part], [1.0], config.train.seq_len, VALID_SEED, config.model.vocab_size),
+        )
+        for name, source, part in zip(source_names(sources), sources, parts)
+    ]
+
+
+def source_names(sources: list[Source]) -> list[str]:
+    """A name for each: the last part of its path, or as many parts as tell all of them apart; numbered if none do."""
+    paths = [source.path.parts for source in sources]
+    for length in range(1, max(map(len, paths), default=0) + 1):
+        names = ["/".join(parts[-length:]) for parts in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{index}:{source.path}" for index, source in enumerate(sources)]
 
 
 def document_end(config: RunConfig) -> int | None:

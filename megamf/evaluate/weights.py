@@ -84,13 +84,19 @@ class CheckpointWeights:
         self.path = self.checkpoint.path
         self.model = _model_of(self.checkpoint.model, self.path)
         self._wanted = dtype
-        self._masters = set(self.checkpoint.logical_shapes(MASTER)) if MASTER in self.checkpoint.groups else set()
+        # Of a tensor that was trained in part, the weights are all there is of the whole.
+        whole = self.checkpoint.logical_shapes(MASTER).items()
+        self._masters = {key for key, shape in whole if self._has_master(key, shape[0])}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.checkpoint.close()
+
+    def _has_master(self, key: str, count: int) -> bool:
+        modules = (self.checkpoint.has(expert_name(key, index), MASTER) for index in range(count))
+        return self.checkpoint.has(key, MASTER) or all(modules)
 
     def dtype(self, name: str) -> torch.dtype:
         group = self._group(name)

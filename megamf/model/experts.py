@@ -25,7 +25,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class ExpertLinear(nn.Module):
-    """One bias-free linear map for each local expert: weight_LDF."""
+    """One bias-free linear map for each local expert: weight_LDF, without the last ones where they are `inserted`."""
 
     def __init__(
         self, num_local: int, in_features: int, out_features: int, dispatcher: Dispatcher, backend: str = "auto"
@@ -35,15 +35,26 @@ class ExpertLinear(nn.Module):
         self.backend = backend
         self.shape = (num_local, in_features, out_features)
         self.weight = nn.Parameter(torch.empty(self.shape))
+        self.register_parameter("inserted", None)
+
+    def train_from(self, index: int) -> None:
+        """Freeze the experts before `index`; those from there on become a parameter of their own."""
+        whole_LDF = self.weight.detach()
+        self.weight = nn.Parameter(whole_LDF[:index].clone(), requires_grad=False)
+        self.inserted = nn.Parameter(whole_LDF[index:].clone())
+
+    def whole(self) -> torch.Tensor:
+        """weight_LDF of all local experts."""
+        return self.weight if self.inserted is None else torch.cat([self.weight, self.inserted])
 
     def forward(
         self, x: torch.Tensor, plan: Plan, fans: tuple[int, int] | None = None, gate_NK: torch.Tensor | None = None
     ) -> torch.Tensor:
         """x_RD, rows as the dispatcher grouped them by `plan` -> y_RF; with fans (in, out) as `routed_linear` does."""
         if fans is None:
-            return self.dispatcher.linear(x, self.weight, plan, self.backend)
+            return self.dispatcher.linear(x, self.whole(), plan, self.backend)
         return routed_linear(
-            x, self.weight, plan.count_L, plan.order_R, in_fan=fans[0], out_fan=fans[1], gate_NK=gate_NK
+            x, self.whole(), plan.count_L, plan.order_R, in_fan=fans[0], out_fan=fans[1], gate_NK=gate_NK
         )
 
 

@@ -48,13 +48,10 @@ def expert_indices(model: nn.Module) -> dict[str, range]:
             for child, layer in module.named_children():
                 if isinstance(layer, ExpertLinear):
                     found[f"{prefix}.{child}.weight"] = module.local_experts
+                    if layer.inserted is not None:
+                        found[f"{prefix}.{child}.weight"] = module.local_experts[: layer.weight.shape[0]]
+                        found[f"{prefix}.{child}.inserted"] = module.local_experts[layer.weight.shape[0] :]
     return found
-
-
-def expert_counts(model: nn.Module) -> dict[str, int]:
-    """Name of every expert tensor -> how many experts all processes together have of it."""
-    experts = expert_indices(model)
-    return {name: model.get_submodule(name.rsplit(".", 2)[0]).num_experts for name in experts}
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

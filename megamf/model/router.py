@@ -61,20 +61,42 @@ class Router(nn.Module):
             self.w_gate = nn.Linear(config.n_embd, config.gating_size, bias=False)
             self.expert_centroids = nn.Parameter(torch.empty(num_experts, config.gating_size))
             self.temperature = nn.Parameter(torch.zeros(1))
+        self.num_inserted = 0
+        self.register_parameter("inserted_rows", None)
 
-    def expert_rows(self) -> nn.Parameter:
-        """The matrix with one row an expert (A of the paper, or the centroids) [E, G or D]."""
-        return self.expert_centroids if self.gate_type == "gmm" else self.w_gate[-1].weight
+    @property
+    def rows_name(self) -> str:
+        """Name of the matrix with one row an expert."""
+        return "expert_centroids" if self.gate_type == "gmm" else f"w_gate.{len(self.w_gate) - 1}.weight"
+
+    def expert_rows(self) -> torch.Tensor:
+        """The matrix with one row an expert (A of the paper, or the centroids) [E, G or D]; a parameter if unsplit."""
+        rows = self.expert_centroids if self.gate_type == "gmm" else self.w_gate[-1].weight
+        return rows if self.inserted_rows is None else torch.cat([rows, self.inserted_rows])
+
+    def new_rows(self) -> torch.Tensor:
+        """The rows of the inserted experts (A' of the paper), the last of all [I, G or D]."""
+        return self.expert_rows()[self.num_experts - self.num_inserted :]
+
+    def train_rows_from(self, index: int) -> None:
+        """Freeze the rows before `index`; those from there on become a parameter of their own."""
+        whole = self.expert_rows().detach()
+        frozen = nn.Parameter(whole[:index].clone(), requires_grad=False)
+        if self.gate_type == "gmm":
+            self.expert_centroids = frozen
+        else:
+            self.w_gate[-1].weight = frozen
+        self.inserted_rows = nn.Parameter(whole[index:].clone())
 
     def factors(self, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """h [N, G or D] and a [E, G or D] of one dtype, whose product h a^T is the logits."""
         if self.gate_type == "gmm":
             h_NG = F.normalize(promote(self.w_gate(x_ND)), dim=-1) * promote(self.temperature).exp()
-            return h_NG, F.normalize(promote(self.expert_centroids), dim=-1)
+            return h_NG, F.normalize(promote(self.expert_rows()), dim=-1)
         h_NG = x_ND
         for layer in self.w_gate[:-1]:
             h_NG = layer(h_NG)
-        return h_NG, self.w_gate[-1].weight
+        return h_NG, self.expert_rows()
 
     def logits(self, x_ND: torch.Tensor) -> torch.Tensor:
         """x_ND -> logits_NE in float32 (float64 for float64 models)."""

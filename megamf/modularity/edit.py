@@ -173,7 +173,7 @@ class _Stream:
         for group in self.source.groups:
             for key, shape in self.source.logical_shapes(group).items():
                 expert = self.experts.get(key)
-                name = key if expert is None else expert_name(key, 0)
+                name = key if expert is None else self._first(group, key)
                 if expert is not None:
                     shape = (len(self.wanted[expert[0]]), *shape[1:])
                 total += prod(shape) * self.source.dtype(name, group).itemsize
@@ -181,7 +181,7 @@ class _Stream:
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         steps = [(group, key) for group in self.source.groups for key in self.source.logical_shapes(group)]
-        total = sum(len(self.wanted[self.experts[key][0]]) if key in self.experts else 1 for _, key in steps)
+        total = sum(len(self._slots(group, key)) if key in self.experts else 1 for group, key in steps)
         done = 0
         for group, key in steps:
             for item in self._tensors(group, key):
@@ -190,11 +190,24 @@ class _Stream:
                 if self.on_tensor is not None:
                     self.on_tensor(done, total)
 
+    def _first(self, group: str, key: str) -> str:
+        """Name of a stored module of this expert tensor; in other groups than the weights the first may be missing."""
+        names = (expert_name(key, index) for index in range(self.source.logical_shapes(group)[key][0]))
+        return next(name for name in names if self.source.has(name, group))
+
+    def _slots(self, group: str, key: str) -> list[tuple[int, Kept | Made]]:
+        """(index, slot) of every module that the group has, or gets: one that was not trained has no moments."""
+        return [
+            (index, slot)
+            for index, slot in enumerate(self.wanted[self.experts[key][0]])
+            if isinstance(slot, Made) or self.source.has(expert_name(key, slot.index), group)
+        ]
+
     def _tensors(self, group: str, key: str) -> Iterator[tuple[str, torch.Tensor]]:
         if key in self.experts:
             place, part = self.experts[key]
-            shape, dtype = self.source.logical_shapes(group)[key], self.source.dtype(expert_name(key, 0), group)
-            for index, slot in enumerate(self.wanted[place]):
+            shape, dtype = self.source.logical_shapes(group)[key], self.source.dtype(self._first(group, key), group)
+            for index, slot in self._slots(group, key):
                 if isinstance(slot, Kept):
                     tensor = self.source.tensor(expert_name(key, slot.index), group)
                 else:

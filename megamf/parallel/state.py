@@ -1,8 +1,10 @@
 """Training state of a DeepSpeed engine as logical tensors: out for a checkpoint, in from one, for any layout.
 
-Shapes: L local experts. Names are `GROUP/NAME` with the groups of `megamf.checkpoint`; an expert tensor [L, in, out]
-leaves as one tensor [in, out] for every expert. Everything goes through DeepSpeed's per-parameter accessors, one
-parameter at a time; at stage 0 the state is the torch optimizer's own, at stage 3 the weights are gathered too.
+Shapes: L local experts, E experts, G router width. Names are `GROUP/NAME` with the groups of `megamf.checkpoint`; an
+expert tensor [L, in, out] leaves as one tensor [in, out] for every expert. Parameters that are not trained have weights
+and no more; what is trained of a tensor in part leaves under the name of the whole. Everything goes through DeepSpeed's
+per-parameter accessors, one parameter at a time; at stage 0 the state is the torch optimizer's own, at stage 3 the
+weights are gathered too.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +23,7 @@ from deepspeed.utils import (
 from torch import nn
 
 from megamf.checkpoint import Checkpoint
-from megamf.model.init import expert_counts, expert_indices
+from megamf.model.tuning import Part, logical_parts
 from megamf.parallel import pieces
 from megamf.parallel.dispatch import share_of_experts
 from megamf.parallel.mesh import Mesh
@@ -36,15 +38,35 @@ def owned_state(engine: Any, mesh: Mesh) -> Iterator[tuple[str, torch.Tensor]]:
     The tensors may be views of live memory: copy them before training goes on.
     """
     model = engine.module.model
-    experts = expert_indices(model)
+    parts = logical_parts(model)
+    matrices: dict[str, list[tuple[Part, dict[str, torch.Tensor]]]] = {}
     for index, (name, parameter) in enumerate(model.named_parameters()):
+        part = parts[name]
+        if part.rows is not None:
+            matrices.setdefault(part.key, []).append((part, dict(_parameter_state(engine, parameter))))
+            continue
         for group, tensor in _parameter_state(engine, parameter):
-            if name in experts:
-                for local, expert in enumerate(experts[name]):
+            if part.experts is not None:
+                for local, expert in enumerate(part.experts):
                     if expert % mesh.edp == mesh.edp_rank:
-                        yield f"{group}/{name}.{expert}", tensor[local]
+                        yield f"{group}/{part.key}.{expert}", tensor[local]
             elif index % mesh.world == mesh.rank:
-                yield f"{group}/{name}", tensor
+                yield f"{group}/{part.key}", tensor
+    for index, (key, pair) in enumerate(matrices.items()):
+        if index % mesh.world == mesh.rank:
+            yield from ((f"{group}/{key}", tensor) for group, tensor in _joined(pair).items())
+
+
+def _joined(pair: list[tuple[Part, dict[str, torch.Tensor]]]) -> dict[str, torch.Tensor]:
+    """Group -> a router matrix [E, G] from its frozen and its trained rows. A frozen row's moments are zero."""
+    joined = {}
+    for group in max((found for _, found in pair), key=len):
+        rows = []
+        for _, found in sorted(pair, key=lambda item: item[0].rows.start):
+            weights = found["weights"].float()
+            rows.append(found.get(group, weights if group == "master" else torch.zeros_like(weights)))
+        joined[group] = torch.cat(rows)
+    return joined
 
 
 def full_gradients(engine: Any, mesh: Mesh) -> dict[str, torch.Tensor]:
@@ -62,14 +84,15 @@ def full_weights(engine: Any, mesh: Mesh) -> dict[str, torch.Tensor]:
 
 def _whole(engine: Any, mesh: Mesh, get: Callable[[nn.Parameter], torch.Tensor]) -> dict[str, torch.Tensor]:
     model = engine.module.model
-    counts = expert_counts(model)
+    parts = logical_parts(model)
     found = {}
     for name, parameter in model.named_parameters():
         share = get(parameter).detach().float().reshape(pieces.full_shape(parameter)).contiguous()
-        if name in counts and mesh.ep > 1:
+        if parts[name].experts is not None and mesh.ep > 1:
             shares = [torch.empty_like(share) for _ in range(mesh.ep)]
             dist.all_gather(shares, share, group=mesh.ep_group)
-            sizes = [len(share_of_experts(counts[name], rank, mesh.ep)) for rank in range(mesh.ep)]
+            count = len(parts[name].everywhere)
+            sizes = [len(share_of_experts(count, rank, mesh.ep)) for rank in range(mesh.ep)]
             share = torch.cat([part[:size] for part, size in zip(shares, sizes)])
         found[name] = share.cpu().clone()
     return found
@@ -77,20 +100,27 @@ def _whole(engine: Any, mesh: Mesh, get: Callable[[nn.Parameter], torch.Tensor])
 
 def global_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """State-dict key -> shape of the whole logical tensor (all experts), whatever share this rank holds."""
-    counts = expert_counts(model)
-    shapes = {name: tuple(pieces.full_shape(parameter)) for name, parameter in model.named_parameters()}
-    return {name: (counts.get(name, shape[0]), *shape[1:]) for name, shape in shapes.items()}
+    parts = logical_parts(model)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, parameter in model.named_parameters():
+        part, shape = parts[name], pieces.full_shape(parameter)
+        own = part.everywhere or part.rows
+        length = (shape[0] if own is None else len(own)) + shapes.get(part.key, (0,))[0]
+        shapes[part.key] = (length, *shape[1:])
+    return shapes
 
 
 def expected_names(engine: Any) -> set[str]:
     """The names that all ranks together write."""
     model = engine.module.model
-    counts = expert_counts(model)
+    parts = logical_parts(model)
     names = set()
     for name, parameter in model.named_parameters():
-        groups = ["weights", *MOMENTS] + (["master"] if parameter.dtype != torch.float32 else [])
-        suffixes = [f".{expert}" for expert in range(counts[name])] if name in counts else [""]
-        names.update(f"{group}/{name}{suffix}" for group in groups for suffix in suffixes)
+        part, groups = parts[name], ["weights"]
+        if parameter.requires_grad:
+            groups += [*MOMENTS] + (["master"] if parameter.dtype != torch.float32 else [])
+        suffixes = [""] if part.everywhere is None else [f".{expert}" for expert in part.everywhere]
+        names.update(f"{group}/{part.key}{suffix}" for group in groups for suffix in suffixes)
     return names
 
 
@@ -98,11 +128,14 @@ def refresh_masters(engine: Any) -> None:
     """After the weights were changed from outside: the optimizer's fp32 copies follow them."""
     if engine.zero_optimization_stage() > 0:
         for parameter in engine.module.model.parameters():
-            _set_master(parameter, _weights(parameter).float())
+            if parameter.requires_grad:
+                _set_master(parameter, _weights(parameter).float())
 
 
 def _parameter_state(engine: Any, parameter: nn.Parameter) -> Iterator[tuple[str, torch.Tensor]]:
     yield "weights", _weights(parameter)
+    if not parameter.requires_grad:
+        return
     if engine.zero_optimization_stage() == 0:
         state = engine.optimizer.state[parameter]
         yield from ((key, state[key]) for key in MOMENTS)
@@ -155,18 +188,17 @@ def torch_optimizer(engine: Any) -> torch.optim.Optimizer:
 @torch.no_grad()
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Fill the parameters of a model (a rank's share of it) with the best precision the checkpoint has."""
-    experts = expert_indices(model)
-    masters = set(checkpoint.logical_shapes("master"))
+    parts = logical_parts(model)
     for name, parameter in model.named_parameters():
-        group = "master" if name in masters else "weights"
-        _set_weights(parameter, _read(checkpoint, name, group, parameter, experts))
+        group = "master" if _stored(checkpoint, parts[name], "master") else "weights"
+        _set_weights(parameter, _read(checkpoint, parts[name], group, parameter))
 
 
 @torch.no_grad()
 def load_state(engine: Any, checkpoint: Checkpoint, step: int) -> None:
     """Fill weights, masters and moments from a checkpoint written by any layout; AdamW's count becomes `step`."""
     model = engine.module.model
-    experts = expert_indices(model)
+    parts = logical_parts(model)
     optimizer = torch_optimizer(engine)
     if _counts_in_groups(optimizer):
         for group in optimizer.param_groups:
@@ -174,13 +206,16 @@ def load_state(engine: Any, checkpoint: Checkpoint, step: int) -> None:
     else:
         for state in optimizer.state.values():
             state["step"].fill_(step)
-    masters = set(checkpoint.logical_shapes("master"))
     for name, parameter in model.named_parameters():
-        weights = _read(checkpoint, name, "weights", parameter, experts)
-        master = _read(checkpoint, name, "master", parameter, experts) if name in masters else weights.float()
+        part = parts[name]
+        weights = _read(checkpoint, part, "weights", parameter)
+        has_master = _stored(checkpoint, part, "master")
+        master = _read(checkpoint, part, "master", parameter) if has_master else weights.float()
         # A run that changes its precision continues from the better copy.
         _set_weights(parameter, weights if parameter.dtype == weights.dtype else master)
-        moments = {key: _read(checkpoint, name, key, parameter, experts).to(parameter.device) for key in MOMENTS}
+        if not parameter.requires_grad:
+            continue
+        moments = {key: _read(checkpoint, part, key, parameter).to(parameter.device) for key in MOMENTS}
         if engine.zero_optimization_stage() == 0:
             state = engine.optimizer.state[parameter]
             for key, value in moments.items():
@@ -191,13 +226,24 @@ def load_state(engine: Any, checkpoint: Checkpoint, step: int) -> None:
             _set_moment(parameter, value, key)
 
 
-def _read(
-    checkpoint: Checkpoint, name: str, group: str, parameter: nn.Parameter, experts: dict[str, range]
-) -> torch.Tensor:
+def missing_state(engine: Any, checkpoint: Checkpoint) -> list[str]:
+    """Names of moments that this run has and the checkpoint, of a run that trained less, has not; sorted."""
+    moments = {name for name in expected_names(engine) if name.split("/")[0] in MOMENTS}
+    return sorted(moments - checkpoint.manifest.tensors.keys())
+
+
+def _stored(checkpoint: Checkpoint, part: Part, group: str) -> bool:
+    if part.experts is None:
+        return checkpoint.has(part.key, group)
+    return all(checkpoint.has(f"{part.key}.{expert}", group) for expert in part.experts)
+
+
+def _read(checkpoint: Checkpoint, part: Part, group: str, parameter: nn.Parameter) -> torch.Tensor:
     """What this rank holds of a logical tensor; zeros in a slot without an expert."""
-    if name not in experts:
-        return checkpoint.full(name, group)
-    value_LDF = checkpoint.stacked(name, list(experts[name]), group)
+    if part.experts is None:
+        value = checkpoint.full(part.key, group)
+        return value if part.rows is None else value[part.rows.start : part.rows.stop]
+    value_LDF = checkpoint.stacked(part.key, list(part.experts), group)
     empty = pieces.full_shape(parameter)[0] - len(value_LDF)
     return F.pad(value_LDF, (0, 0, 0, 0, 0, empty)) if empty else value_LDF
 

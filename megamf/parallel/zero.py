@@ -81,6 +81,11 @@ def deepspeed_config(config: RunConfig, num_ranks: int) -> dict[str, Any]:
     _check_zero(filled["zero_optimization"], config)
     if stage == 3 and config.parallel.ep > 1 and config.model.kind != "dense":
         _autoep_layer()
+    if stage == 3 and config.tune.strategy != "full":
+        raise ConfigError(
+            f"{config.deepspeed}: ZeRO stage 3 trains whole tensors, tune.strategy={config.tune.strategy} parts of "
+            "them: use deepspeed=zero2 or zero2_offload"
+        )
     if stage == 0:
         # Its stage 0 clips by the mean of the ranks' norms, which is wrong as soon as experts differ between ranks.
         filled["gradient_clipping"] = 0.0

@@ -46,3 +46,8 @@ def test_description_names_the_load_of_both_kinds():
 
 def test_duration():
     assert duration(3723.4) == "1:02:03"
+
+
+def test_sources_are_told_apart():
+    line = describe({"loss": 2.0, "perplexity": 7.389, "loss/old": 1.5, "loss/new": 2.5})
+    assert line == "valid loss 2.0000 (old 1.5000, new 2.5000) | perplexity 7.39"

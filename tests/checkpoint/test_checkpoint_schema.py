@@ -116,3 +116,12 @@ def test_module_counts_are_those_of_the_weights():
 def test_values_that_json_would_change_are_named(value, where):
     with pytest.raises(ValueError, match=where):
         require_plain(value, "state")
+
+
+def test_other_groups_may_have_some_modules_only():
+    """Those that are trained; the shape is still that of the whole."""
+    tensors = {f"weights/e.{i}": entry(2) for i in range(4)} | {"exp_avg/e.1": entry(2), "exp_avg/e.2": entry(2)}
+    check_tensors(tensors)
+    assert logical_shapes(tensors, "exp_avg") == logical_shapes(tensors, "weights") == {"e": (4, 2)}
+    with pytest.raises(ValueError, match=r"exp_avg/e has shape \[5, 2\], weights/e \(4, 2\)"):
+        check_tensors(tensors | {"exp_avg/e.4": entry(2)})

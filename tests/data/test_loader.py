@@ -7,8 +7,17 @@ import pytest
 import torch
 
 from megamf.config import validate
+from megamf.config.run import Source
 from megamf.data.indexed import IndexedDataset, IndexedWriter, Metadata
-from megamf.data.loader import StepLoader, document_end, micro_batch, open_train, open_valid, valid_bytes_per_token
+from megamf.data.loader import (
+    StepLoader,
+    document_end,
+    micro_batch,
+    open_train,
+    open_valid,
+    source_names,
+    valid_bytes_per_token,
+)
 from megamf.data.tokenizer import train_sentencepiece
 from megamf.data.zigzag import join_parts
 from megamf.errors import UserError
@@ -157,18 +166,31 @@ def test_valid_fraction_is_disjoint_and_the_same_for_every_seed(folder):
     config = configuration(folder, train=(("a", 1), ("b", 1)), valid_fraction=0.07, seq_len=4)
     train, valid = open_train(config), open_valid(config)
     assert [(s.documents.begin, s.documents.end) for s in train.sources] == [(0, 93), (0, 37)]
-    assert [(s.documents.begin, s.documents.end) for s in valid.sources] == [(93, 100), (37, 40)]
+    held = [source.documents for item in valid for source in item.blend.sources]
+    assert [(documents.begin, documents.end) for documents in held] == [(93, 100), (37, 40)]
+    assert [(item.name, item.share) for item in valid] == [("a", 0.5), ("b", 0.5)]
     only = configuration(folder, valid_fraction=0.07, seq_len=4)
-    assert not documents_of(open_train(only)) & documents_of(open_valid(only))
+    assert not documents_of(open_train(only)) & documents_of(open_valid(only)[0].blend)
     config.run.seed = 99
-    assert all((open_valid(config).sample(i) == valid.sample(i)).all() for i in range(20))
+    for again, item in zip(open_valid(config), valid, strict=True):
+        assert all((again.blend.sample(i) == item.blend.sample(i)).all() for i in range(20))
     assert any((open_train(config).sample(i) != train.sample(i)).any() for i in range(20))
 
 
 def test_valid_sources(folder):
-    assert open_valid(configuration(folder)) is None
-    valid = open_valid(configuration(folder, valid=(("b", 1),)))
-    assert valid.sources[0].documents.dataset.num_documents == 40
+    assert open_valid(configuration(folder)) == []
+    [valid] = open_valid(configuration(folder, valid=(("b", 3),)))
+    assert valid.blend.sources[0].documents.dataset.num_documents == 40
+    assert (valid.name, valid.share) == ("b", 1.0)
+
+
+def test_names_tell_sources_apart():
+    def names(*paths):
+        return source_names([Source(path=path) for path in paths])
+
+    assert names("data/en", "data/de") == ["en", "de"]
+    assert names("en/valid", "de/valid") == ["en/valid", "de/valid"]
+    assert names("x", "x") == ["0:x", "1:x"]
 
 
 def test_valid_fraction_too_large(folder):
