@@ -52,4 +52,6 @@ def dry_run(config: RunConfig, num_ranks: int, fake_world: int | None = None) ->
     console.print(table)
     if counted:
         console.print(COUNTED)
+    if config.tune.strategy != "full":
+        console.print("The memory is that of training everything; frozen parameters need their weights only.")
     return 0

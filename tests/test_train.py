@@ -468,3 +468,21 @@ def test_a_run_that_trained_less_is_not_resumed_as_one_that_trains_all(edited, c
     resume = [f"checkpoint.resume={edited / 'less'}", "train.steps=5"]
     assert run(train.main, tuned_from(edited, corpus, "more", "grown", *resume)) == 2
     assert "it was trained with tune.strategy=router_rows" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_damaged_checkpoint_of_a_tuned_run_is_passed_over(edited, corpus, capsys):
+    command = tuned_from(edited, corpus, "hurt", "grown", "tune.strategy=inserted")
+    assert run(train.main, command) == 0
+    table = edited / "hurt" / "checkpoints" / "step-00000004" / "modules.json"
+    table.write_bytes(table.read_bytes()[:-1])
+    assert run(train.main, command) == 2
+    assert "modules.json" in capsys.readouterr().err
+    assert run(train.main, [*command, "checkpoint.previous_on_damage=true"]) == 0
+    assert "resumed at step 2 of 4" in capsys.readouterr().err
+    assert not verify(table.parent)
+
+
+def test_a_dry_run_says_that_frozen_parameters_need_less(edited, corpus, capsys):
+    command = tuned_from(edited, corpus, "dry", "grown", "tune.strategy=router_rows", "--dry-run")
+    assert run(train.main, command) == 0
+    assert "frozen parameters need their weights only" in " ".join(capsys.readouterr().out.split())

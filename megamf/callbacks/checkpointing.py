@@ -277,8 +277,7 @@ def inserted_modules(config: RunConfig) -> dict[tuple[int, str], int]:
             f"tune.strategy={strategy} trains inserted modules, but this run starts from nothing: give "
             "checkpoint.init_from, a checkpoint made by `megamf modules insert`"
         )
-    with Checkpoint(path) as checkpoint:
-        path, table = checkpoint.path, checkpoint.modules
+    path, table = _table(resolve(path), config.checkpoint.previous_on_damage)
     found: dict[tuple[int, str], int] = {}
     for row in sorted(table, key=lambda row: (row.layer, row.kind, row.index)):
         place = row.layer, row.kind
@@ -295,6 +294,18 @@ def inserted_modules(config: RunConfig) -> dict[tuple[int, str], int]:
             "`megamf modules insert`, or use tune.strategy=full"
         )
     return found
+
+
+def _table(path: Path, previous_on_damage: bool) -> tuple[Path, list[Module]]:
+    """The module table of a step, or of the good one before where that is what a damaged one is passed over for."""
+    try:
+        with Checkpoint(path) as checkpoint:
+            return path, checkpoint.modules
+    except DamagedCheckpoint:
+        before = _earlier(path) if previous_on_damage else None
+        if before is None:
+            raise
+        return _table(before, previous_on_damage)
 
 
 def check_batches(state: dict[str, Any], config: RunConfig) -> None:

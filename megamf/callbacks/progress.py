@@ -35,6 +35,11 @@ class ProgressDisplay(Callback):
             self.bar = Progress(*columns, *times, console=self.console)
             self.task = self.bar.add_task("train", total=total, completed=done, status="")
             self.bar.start()
+        tune = trainer.config.tune.strategy
+        if tune != "full":
+            sizes = [(parameter.numel(), parameter.requires_grad) for parameter in trainer.model.parameters()]
+            trained, total_size = sum(size for size, moves in sizes if moves), sum(size for size, _ in sizes)
+            self._say(f"tune.strategy={tune}: {trained:,} of {total_size:,} parameters are trained, the others frozen")
         if done:
             self._say(f"resumed at step {done} of {total}")
 

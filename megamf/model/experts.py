@@ -14,7 +14,7 @@ from megamf.config import ModelConfig
 from megamf.model.backends import AUTOMATIC, Backends
 from megamf.model.dispatch import Dispatcher, Plan
 from megamf.model.router import Router
-from megamf.ops.grouped_linear import implementation, routed_linear
+from megamf.ops.grouped_linear import grouped_linear, implementation, routed_linear
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
@@ -51,10 +51,26 @@ class ExpertLinear(nn.Module):
         self, x: torch.Tensor, plan: Plan, fans: tuple[int, int] | None = None, gate_NK: torch.Tensor | None = None
     ) -> torch.Tensor:
         """x_RD, rows as the dispatcher grouped them by `plan` -> y_RF; with fans (in, out) as `routed_linear` does."""
+        if fans is None and self.inserted is not None and self.weight.shape[0] and x.device.type == "cpu":
+            return self._apart(x, plan)
         if fans is None:
             return self.dispatcher.linear(x, self.whole(), plan, self.backend)
         return routed_linear(
             x, self.whole(), plan.count_L, plan.order_R, in_fan=fans[0], out_fan=fans[1], gate_NK=gate_NK
+        )
+
+    def _apart(self, x_RD: torch.Tensor, plan: Plan) -> torch.Tensor:
+        """Products with frozen and with trained experts by themselves: no gradient is computed that nobody takes.
+
+        On a GPU the number of rows is not at hand, and waiting for it would cost more than that gradient.
+        """
+        frozen = self.weight.shape[0]
+        rows = int(plan.count_L[:frozen].sum())
+        return torch.cat(
+            [
+                grouped_linear(x_RD[:rows], self.weight, plan.count_L[:frozen], backend=self.backend),
+                grouped_linear(x_RD[rows:], self.inserted, plan.count_L[frozen:], backend=self.backend),
+            ]
         )
 
 

@@ -7,8 +7,8 @@ from megamf.callbacks.progress import ProgressDisplay, describe, duration
 
 
 def trainer(step: int, steps: int = 10) -> SimpleNamespace:
-    train = SimpleNamespace(steps=steps, global_batch=4, seq_len=8)
-    return SimpleNamespace(is_main=True, step=step, config=SimpleNamespace(train=train))
+    train, tune = SimpleNamespace(steps=steps, global_batch=4, seq_len=8), SimpleNamespace(strategy="full")
+    return SimpleNamespace(is_main=True, step=step, config=SimpleNamespace(train=train, tune=tune))
 
 
 def result(step: int) -> SimpleNamespace:

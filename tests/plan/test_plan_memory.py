@@ -27,6 +27,16 @@ def test_states_of_one_rank_are_sixteen_bytes_a_parameter_in_bf16():
     assert found.bucket == 2 * BUCKET
 
 
+def test_layers_that_cannot_be_shared_out_evenly():
+    """Every rank has as many slots as the largest share of a layer has experts."""
+    lists = ["model.n_layer=2", "model.n_att_experts=5", "model.n_att_experts_per_layer=[5,4]",
+             "model.n_mlp_experts=9", "model.n_mlp_experts_per_layer=[8,9]"]  # fmt: skip
+    config = load_config(preset="nano", overrides=["train.global_batch=16", "parallel.ep=4", *lists])
+    model = config.model
+    slots = 2 * model.n_embd * ((2 + 1) * model.att_hidden + (2 + 3) * model.ffd_hidden)
+    assert Job.of(config, 4).local_experts == slots
+
+
 def test_fp32_without_zero_keeps_no_second_copy_of_the_weights():
     found = memory(2, "deepspeed=zero0", preset="nano")
     total = count_parameters(load_config(preset="nano").model).total
