@@ -6,9 +6,10 @@ the same run, by all processes at once, and given to the prediction; so is nothi
 
 from collections.abc import Callable
 from itertools import combinations
+from typing import Any
 
 from megamf.bench.layouts import measure
-from megamf.bench.suite import Figure, Result, machine
+from megamf.bench.suite import Figure, Result, machine, rounded
 from megamf.config import RunConfig, load_config
 from megamf.plan.cluster import Cluster
 from megamf.plan.devices import GIB
@@ -22,11 +23,13 @@ SIZES = ["train.seq_len=128", "train.micro_batch=2", "model.ffd_hidden=768", "lo
 def run(progress: Callable[[str], Callable[[], None]], *, repeats: int = 15) -> Result:
     """Measure everything. `progress(what)` returns a function that is called when a part of `what` is done."""
     where = machine()
-    figures = []
+    figures, rows = [], []
     for world in (2, 4):
-        figures += compare(world, layouts(world), max(3, repeats // 3))
+        found, details = compare(world, layouts(world), max(3, repeats // 3))
+        figures += found
+        rows += details
         progress(f"{world} processes")()
-    return Result("plan", figures, where)
+    return Result("plan", figures, where, rows=rows)
 
 
 def layouts(world: int) -> dict[str, RunConfig]:
@@ -45,8 +48,8 @@ def layouts(world: int) -> dict[str, RunConfig]:
     return found
 
 
-def compare(world: int, cases: dict[str, RunConfig], repeats: int) -> list[Figure]:
-    """Figures of the layouts on `world` processes."""
+def compare(world: int, cases: dict[str, RunConfig], repeats: int) -> tuple[list[Figure], list[dict[str, Any]]]:
+    """Figures of the layouts on `world` processes, and a row for each of them."""
     measured = measure(cases, world, repeats=repeats)
     rate, link = measured["gemm_flops"], measured["bytes_per_second"]
     cluster = Cluster.of(
@@ -67,11 +70,17 @@ def compare(world: int, cases: dict[str, RunConfig], repeats: int) -> list[Figur
     ratios = {name: predicted[name].memory.peak / found["peak"] for name, found in measured["cases"].items()}
     worst = max(ratios.values(), key=lambda ratio: abs(ratio - 1))
     figures.append(Figure(f"w{world}_memory_worst", worst, "predicted over counted peak, of all layouts", 1.1, 0.9))
-    for name, found in measured["cases"].items():
-        figures.append(Figure(f"{name}_ms", 1e3 * seconds[name], "measured step"))
-        figures.append(Figure(f"{name}_predicted_ms", 1e3 * predicted[name].time.total, "predicted step"))
-        figures.append(Figure(f"{name}_peak_mb", found["peak"] / 1e6, "live tensors of rank 0 at the peak of a step"))
-    return figures
+    rows = [
+        {
+            "layout": name,
+            "measured_ms": rounded(1e3 * seconds[name]),
+            "predicted_ms": rounded(1e3 * predicted[name].time.total),
+            "counted_mb": rounded(found["peak"] / 1e6),
+            "predicted_mb": rounded(predicted[name].memory.peak / 1e6),
+        }
+        for name, found in measured["cases"].items()
+    ]
+    return figures, rows
 
 
 def order_kept(predicted: dict[str, Prediction], seconds: dict[str, float]) -> float:
