@@ -10,14 +10,19 @@ from megamf.evaluate.weights import trained_length
 from megamf.modularity.statistics import Statistics, collect, read_statistics
 from megamf.tools._models import device_of, positive, progress
 
+BATCH = 8
 
-def data_options(parser: argparse.ArgumentParser, *, required: bool, nargs: str | None) -> None:
+
+def data_options(parser: argparse.ArgumentParser, *, required: bool, nargs: str | None, windows: bool = True) -> None:
+    """Which data the model runs on; `windows`: and how much of it at one time."""
     parser.add_argument(
         "--data", nargs=nargs, required=required, metavar="PREFIX", help="made by `megamf prepare`, without .bin"
     )
     parser.add_argument("--tokenizer", metavar="PATH", help="checked against the model")
     parser.add_argument("--seq-len", type=positive, metavar="N", help="tokens of a window (as in training)")
-    parser.add_argument("--batch", type=positive, default=8, metavar="N", help="windows computed at one time (8)")
+    if not windows:
+        return
+    parser.add_argument("--batch", type=positive, metavar="N", help="windows computed at one time (8)")
     parser.add_argument(
         "--max-batches", type=positive, metavar="N", help="at most so many batches, spread evenly over each dataset"
     )
@@ -34,7 +39,18 @@ def load(args: argparse.Namespace):
 
 def watch(args: argparse.Namespace, model, seq_len: int, prefix: str) -> Statistics:
     with progress(f"watching modules on {Path(prefix).name}") as advance:
-        return collect(model, prefix, seq_len=seq_len, batch=args.batch, max_batches=args.max_batches, on_batch=advance)
+        return collect(
+            model, prefix, seq_len=seq_len, batch=args.batch or BATCH, max_batches=args.max_batches, on_batch=advance
+        )
+
+
+def refuse_without_data(args: argparse.Namespace, *more: str) -> None:
+    """Raise UserError for options about running the model where no data are given to run it on."""
+    if args.data:
+        return
+    for name in ("tokenizer", "device", "batch", "max_batches", *more):
+        if getattr(args, name, None) is not None:
+            raise UserError(f"--{name.replace('_', '-')} has no effect without --data")
 
 
 def one_dataset(path: Path) -> Statistics:

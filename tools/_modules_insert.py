@@ -13,7 +13,7 @@ from megamf.modularity import insert
 from megamf.modularity.edit import model_of, module_counts, rearrange
 from megamf.modularity.places import Kind, Place
 from megamf.tools._models import add_model_options, progress
-from megamf.tools._modules_common import data_options, load, one_dataset
+from megamf.tools._modules_common import data_options, load, one_dataset, refuse_without_data
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +40,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--zero-output", action="store_true", help="new modules begin by adding nothing")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (0)")
-    data_options(parser, required=False, nargs=None)
+    data_options(parser, required=False, nargs=None, windows=False)
 
 
 def run_insert(args: argparse.Namespace) -> int:
@@ -82,6 +82,7 @@ def run_insert(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
+    refuse_without_data(args, "seq_len")
     if min(args.attention, args.mlp) < 0 or args.attention + args.mlp == 0:
         raise UserError(f"--attention {args.attention} and --mlp {args.mlp}: nothing to insert")
     copied = args.copy or args.transplant is not None

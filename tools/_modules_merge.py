@@ -11,7 +11,7 @@ from megamf.modularity.edit import module_counts, rearrange
 from megamf.modularity.places import top_k
 from megamf.modularity.similarity import similarity
 from megamf.tools._models import add_model_options, progress
-from megamf.tools._modules_common import data_options, load, watch
+from megamf.tools._modules_common import data_options, load, refuse_without_data, watch
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +47,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("give either --with CKPT ..., to average checkpoints, or --duplicates COSINE")
     if args.others and args.data:
         raise UserError("--data belongs to --duplicates")
+    refuse_without_data(args, "seq_len")
     if args.duplicates is not None and not args.data:
         raise UserError("--duplicates compares modules on data: give --data")
     if args.duplicates is not None and not -1 < args.duplicates < 1:

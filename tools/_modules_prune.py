@@ -16,7 +16,7 @@ from megamf.modularity import pictures, prune
 from megamf.modularity.edit import Kept, find_modules, model_of, module_counts, rearrange
 from megamf.modularity.statistics import Statistics
 from megamf.tools._models import add_model_options, progress, refuse_unwritable, write_json
-from megamf.tools._modules_common import data_options, load, one_dataset, watch
+from megamf.tools._modules_common import BATCH, data_options, load, one_dataset, refuse_without_data, watch
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -69,6 +69,7 @@ def prune_job(args: argparse.Namespace) -> int:
 
 
 def _check_prune(args: argparse.Namespace) -> None:
+    refuse_without_data(args)
     settings = args.tau or args.share or [0.0]
     for path in (args.json, args.picture):
         refuse_unwritable(path)
@@ -124,7 +125,12 @@ def _prune_curve(args: argparse.Namespace, config, choose, settings: list[float]
             small = prune.pruned_model(model, keep)
             with progress(f"loss on {Path(args.data).name}") as advance:
                 result = measure(
-                    small, args.data, seq_len=seq_len, batch=args.batch, max_batches=args.max_batches, on_batch=advance
+                    small,
+                    args.data,
+                    seq_len=seq_len,
+                    batch=args.batch or BATCH,
+                    max_batches=args.max_batches,
+                    on_batch=advance,
                 )
             return result.loss
 

@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,12 @@ class Checkpoint:
         if group not in self._shapes:
             self._shapes[group] = logical_shapes(self.manifest.tensors, group)
         return self._shapes[group]
+
+    def num_bytes(self, groups: Sequence[str]) -> int:
+        """Of all tensors of these groups."""
+        stored = self.manifest.tensors.items()
+        entries = [entry for full, entry in stored if layout.split_name(full)[0] in groups]
+        return sum(prod(entry.shape) * layout.DTYPE_OF_NAME[entry.dtype].itemsize for entry in entries)
 
     def tensor(self, name: str, group: str = layout.WEIGHTS) -> Tensor:
         """A stored tensor on the CPU, in memory of its own. Raises DamagedCheckpoint where its bytes were altered."""

@@ -41,7 +41,7 @@ def reshard(
     if list_steps(out):
         raise UserError(f"{out} already holds checkpoints: name another folder")
     names = [(group, name) for group in kept for name in source.names(group)]
-    check_space(out if out.exists() else out.absolute().parent, source.manifest.total_bytes)
+    check_space(out if out.exists() else out.absolute().parent, source.num_bytes(kept))
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for done, (group, name) in enumerate(names, start=1):

@@ -43,7 +43,7 @@ def combine(
         raise UserError(f"{out} already holds checkpoints: name another folder")
     groups = [group for group in first.groups if group in (WEIGHTS, MASTER)]
     names = [(group, name) for group in groups for name in first.names(group)]
-    check_space(Path(out).absolute().parent, first.manifest.total_bytes)
+    check_space(Path(out).absolute().parent, first.num_bytes(groups))
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for done, (group, name) in enumerate(names, start=1):

@@ -116,6 +116,7 @@ def test_files_of_another_size(tmp_path):
     tensors = {f"weights/a{i}.weight": torch.full((64, 64), float(i)) for i in range(10)}
     path = save(tmp_path / "one", 1, tensors, {}, [], {}, run_id="r")
     with Checkpoint(path) as source:
+        assert source.num_bytes(("weights",)) == 10 * 64 * 64 * 4 and source.num_bytes(("exp_avg",)) == 0
         split = reshard(source, tmp_path / "split", max_file_bytes=3 * 64 * 64 * 4)
         assert len(list(split.glob("*.safetensors"))) == 4
         with Checkpoint(split) as copy:

@@ -153,6 +153,8 @@ def test_insert_and_merge(checkpoint, data, tmp_path, capsys):
         (["insert", "--mlp", "1", "--rows", "quiet"], "needs --data"),
         (["insert", "--mlp", "1", "--rows", "copy"], "give --copy"),
         (["insert", "--mlp", "1", "--transplant", "{tmp}/nowhere"], "nowhere"),
+        (["insert", "--mlp", "1", "--device", "cpu"], "--device has no effect without --data"),
+        (["merge", "--with", "{ck}", "--batch", "4"], "--batch has no effect without --data"),
         (["merge"], "give either --with"),
         (["merge", "--duplicates", "0.9"], "give --data"),
         (["merge", "--with", "{ck}", "--weights", "1"], "1 values for 2 checkpoints"),
