@@ -1,0 +1,1 @@
+"""Smaller and sparser models out of trained ones."""
