@@ -93,6 +93,7 @@ class RoutedExperts(nn.Module):
         self.local_experts = dispatcher.expert_range(num_experts)
         self.gate = Router(config, num_experts, top_k)
         num_local = dispatcher.num_slots(num_experts)
+        self.shape_LDF = (num_local, config.n_embd, hidden)
         self.experts = ExpertLinear(num_local, config.n_embd, hidden, dispatcher, backends.experts)
         self.output_experts = ExpertLinear(num_local, hidden, config.n_embd, dispatcher, backends.experts)
 
@@ -101,7 +102,7 @@ class RoutedExperts(nn.Module):
         if plan.transport is not None or len(self.local_experts) != self.num_experts:
             return False
         # A stand-in: outside of its own module's call the weight itself may be elsewhere, in pieces.
-        w_LDF = x.new_empty(self.experts.shape, device="meta")
+        w_LDF = x.new_empty(self.shape_LDF, device="meta")
         return implementation(x, w_LDF, self.backend) == "triton"
 
     def project_in(self, x_ND: torch.Tensor, plan: Plan, out_fan: int) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """The registered classes on megamf's blocks against the portable file: loading, generation, saving."""
 
+import peft
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -130,3 +131,28 @@ def test_gradient_checkpointing(public_folder):
         model(ids(2, 6), labels=ids(2, 6)).loss.backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.allclose(one, two, rtol=1e-12) for one, two in zip(*gradients))
+
+
+def test_peft_wraps_expert_tensors_and_shared_projections(public_folder):
+    fast, slow = both(public_folder())
+    x = ids(2, 6)
+    outputs = []
+    for model in (fast, slow):
+        torch.manual_seed(3)
+        config = peft.LoraConfig(
+            task_type="CAUSAL_LM",
+            r=2,
+            init_lora_weights=False,
+            target_modules=["k_proj", "v_proj"],
+            target_parameters=["q_proj.experts.weight", "mlpf.output_experts.weight"],
+        )
+        outputs.append(peft.get_peft_model(model, config)(x).logits)
+    assert torch.allclose(*outputs, rtol=1e-10, atol=1e-11)
+    with torch.no_grad():
+        assert not torch.allclose(outputs[0], both(public_folder("again"))[0](x).logits, rtol=1e-3)
+
+
+def test_attention_weights_cannot_be_returned(public_folder):
+    for model in both(public_folder()):
+        with pytest.raises(ValueError, match="output_attentions"):
+            model(ids(1, 3), output_attentions=True)

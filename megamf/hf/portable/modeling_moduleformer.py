@@ -330,12 +330,16 @@ class ModuleFormerModel(ModuleFormerPreTrainedModel):
         inputs_embeds=None,
         use_cache=None,
         output_hidden_states=None,
+        output_attentions=None,
     ):
         """input_ids [B, T], or inputs_embeds [B, T, D] -> last_hidden_state [B, T, D] and more.
 
         attention_mask [B, S] over cached and new tokens: 0 for padding, on any side. token_type_ids are embedded by
         the same matrix and added. position_ids are accepted and change nothing: the model has no positions.
+        output_attentions=True raises ValueError: the weights are never whole in memory.
         """
+        if output_attentions:
+            raise ValueError("output_attentions=True: a ModuleFormer keeps no attention weights that it could return")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         h_BTD = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
@@ -413,6 +417,7 @@ class ModuleFormerForCausalLM(ModuleFormerPreTrainedModel, GenerationMixin):
         labels=None,
         use_cache=None,
         output_hidden_states=None,
+        output_attentions=None,
         logits_to_keep=0,
     ):
         """As `ModuleFormerModel`, and logits [B, T, V] (of the last `logits_to_keep` positions, 0 for all).
@@ -429,6 +434,7 @@ class ModuleFormerForCausalLM(ModuleFormerPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
             return_dict=True,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
@@ -474,6 +480,7 @@ class ModuleFormerForSequenceClassification(ModuleFormerPreTrainedModel):
         labels=None,
         use_cache=None,
         output_hidden_states=None,
+        output_attentions=None,
     ):
         """As `ModuleFormerModel`, and logits [B, labels].
 
@@ -489,6 +496,7 @@ class ModuleFormerForSequenceClassification(ModuleFormerPreTrainedModel):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
             return_dict=True,
         )
         hidden_BTD = output.last_hidden_state
