@@ -266,7 +266,8 @@ def check_trained(checkpoint: Checkpoint, missing: list[str]) -> None:
 def inserted_modules(config: RunConfig) -> dict[tuple[int, str], int]:
     """(layer, kind) -> inserted modules of the checkpoint that this run starts or goes on from; empty unless tuned.
 
-    Raises UserError where there is no such checkpoint, no such module, or one before a module that is none.
+    Those of the last insertion, or of all (`tune.inserted`). Raises UserError where there is no such checkpoint, no
+    such module, or one before a module that is none.
     """
     strategy = config.tune.strategy
     if strategy == "full":
@@ -278,10 +279,13 @@ def inserted_modules(config: RunConfig) -> dict[tuple[int, str], int]:
             "checkpoint.init_from, a checkpoint made by `megamf modules insert`"
         )
     path, table = _table(resolve(path), config.checkpoint.previous_on_damage)
+    rows = [row for row in table if row.provenance == "inserted"]
+    first = 0 if config.tune.inserted == "all" else max((row.generation for row in rows), default=0)
+    trained = {row.id for row in rows if row.generation >= first}
     found: dict[tuple[int, str], int] = {}
     for row in sorted(table, key=lambda row: (row.layer, row.kind, row.index)):
         place = row.layer, row.kind
-        if row.provenance == "inserted":
+        if row.id in trained:
             found[place] = found.get(place, 0) + 1
         elif place in found:
             raise UserError(

@@ -34,7 +34,10 @@ class TensorEntry(_Strict):
 
 
 class Module(_Strict):
-    """One row of the module table. `index` is the place in the layer's expert tensors, `id` never changes."""
+    """One row of the module table. `index` is the place in the layer's expert tensors, `id` never changes.
+
+    generation: which insertion brought it, counted from 1; 0 for modules that were there from the start.
+    """
 
     layer: NonNegativeInt
     kind: Literal["attention", "mlp"]
@@ -42,6 +45,7 @@ class Module(_Strict):
     id: str
     provenance: Literal["trained", "inserted", "merged"] = "trained"
     origin: str | None = None
+    generation: NonNegativeInt = 0
     load: dict[str, Any] | None = None
 
 

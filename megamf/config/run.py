@@ -77,6 +77,11 @@ class Tune(Section):
         description="full: everything; inserted: inserted modules and all routers; router_rows: inserted modules and "
         "their rows of the routers. The rest stays as it is and has no optimizer state",
     )
+    inserted: Literal["latest", "all"] = Field(
+        "latest",
+        description="latest: inserted modules are those of the last insertion, and those of earlier ones stay as they "
+        "are; all: those of every insertion",
+    )
     embeddings: bool = Field(False, description="train embedding and head too (with strategy full they always are)")
     rows_regularisation: NonNegativeFloat = Field(
         0.0, description="weight of ||A'||^2, the squared norm of the routers' rows of inserted modules"
@@ -89,6 +94,8 @@ class Tune(Section):
                 raise ValueError(
                     f"tune.{key}={getattr(self, key)} needs tune.strategy=inserted or router_rows, not full"
                 )
+        if self.strategy == "full" and self.inserted != "latest":
+            raise ValueError(f"tune.inserted={self.inserted} needs tune.strategy=inserted or router_rows, not full")
         return self
 
 

@@ -129,6 +129,7 @@ def _state(source: Checkpoint, model: ModelConfig, what: dict[str, Any], run: st
 
 def _table(source: Checkpoint, wanted: Arrangement, run: str) -> list[Module]:
     before = {(Place(row.layer, row.kind), row.index): row for row in source.modules}
+    inserted = 1 + max((row.generation for row in source.modules), default=0)
     rows = []
     for place, slots in sorted(wanted.items()):
         for index, slot in enumerate(slots):
@@ -148,6 +149,7 @@ def _table(source: Checkpoint, wanted: Arrangement, run: str) -> list[Module]:
                     id=name,
                     provenance=slot.provenance,
                     origin=slot.origin,
+                    generation=inserted if slot.provenance == "inserted" else 0,
                 )
             )
     return rows
