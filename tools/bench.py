@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from megamf.bench import Result
-from megamf.bench.readme import committed, update
+from megamf.bench.readme import committed, update, whole
 from megamf.cli import run
 from megamf.errors import UserError
 
@@ -35,7 +35,9 @@ def main(argv: list[str] | None = None) -> int:
         args.json.write_text(json.dumps(result.tree(), indent=2) + "\n", encoding="utf-8")
     if args.readme:
         folder = args.readme.parent / "docs" / "benchmarks"
-        args.readme.write_text(update(args.readme.read_text(encoding="utf-8"), committed(folder)), encoding="utf-8")
+        results = committed(folder)
+        args.readme.write_text(update(args.readme.read_text(encoding="utf-8"), results), encoding="utf-8")
+        (folder / "README.md").write_text(whole(results), encoding="utf-8")
     _show(result)
     return 1 if args.check and any(figure.kept is False for figure in result.figures) else 0
 
@@ -44,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megamf bench", description=__doc__)
     parser.add_argument("--suite", choices=SUITES, required=True)
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures here")
-    parser.add_argument("--readme", type=Path, help="renew the numbers in this README from docs/benchmarks beside it")
+    parser.add_argument("--readme", type=Path, help="renew the numbers in this README and in docs/benchmarks beside it")
     parser.add_argument("--repeats", type=int, default=15, help="turns of the short cases; medians are reported (15)")
     parser.add_argument("--threads", type=int, help="threads to compute with (default: torch's)")
     parser.add_argument("--check", action="store_true", help="fail where a figure misses its limit")
