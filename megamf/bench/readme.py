@@ -1,4 +1,4 @@
-"""The tables of measured numbers, made from committed results only: a short one in the README, all in docs/benchmarks."""
+"""Tables of measured numbers, made from committed results only: a short one in the README, all in docs/benchmarks."""
 
 import json
 from pathlib import Path
