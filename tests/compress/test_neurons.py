@@ -2,16 +2,8 @@
 
 import pytest
 import torch
-from transformers import (
-    BertConfig,
-    BertModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from compress_models import MODELS, llama, molm, neox
+from transformers import BertConfig, BertModel
 
 from megamf.compress.neurons import (
     NeuronGroup,
@@ -24,40 +16,6 @@ from megamf.compress.neurons import (
     zero_neurons,
 )
 from megamf.errors import UserError
-from megamf.hf import ModuleFormerConfig, ModuleFormerForCausalLM
-
-
-def llama(kind: str = "llama"):
-    config, model = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}[kind]
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2}
-    return model(config(vocab_size=40, num_attention_heads=6, num_key_value_heads=2, **sizes)).double().eval()
-
-
-def neox():
-    torch.manual_seed(1)
-    return GPTNeoXForCausalLM(
-        GPTNeoXConfig(
-            vocab_size=40,
-            hidden_size=24,
-            intermediate_size=20,
-            num_hidden_layers=2,
-            num_attention_heads=3,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
-        )
-    ).eval()
-
-
-def molm():
-    torch.manual_seed(2)
-    config = ModuleFormerConfig(
-        vocab_size=40, n_embd=16, n_layer=2, n_head=2, att_hidden=12, ffd_hidden=10, n_att_experts=3, n_mlp_experts=4,
-        k_att=2, k_mlp=2, gating_size=8,
-    )  # fmt: skip
-    return ModuleFormerForCausalLM(config).eval()
-
-
-MODELS = {"llama": llama, "qwen2": lambda: llama("qwen2"), "neox": neox, "molm": molm}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -81,9 +39,13 @@ def test_groups_hold_every_element_of_their_matrices_once(name, attention):
     assert prunable_parameters(groups) == sum(count.numel() for count in seen.values())
     blocks = ("mlp", "attn.q_proj.experts", "attn.q_proj.output_experts", "attention", "self_attn")
     left = {n for n, _ in model.named_parameters() if any(f".{b}." in n for b in blocks)} - set(seen)
-    ends = {"llama": (), "qwen2": (), "neox": ("dense.bias", "4h_to_h.bias"), "molm": ("k_proj", "v_proj", "gate")}[
-        name
-    ]
+    ends = {
+        "llama": (),
+        "qwen2": (),
+        "mistral": (),
+        "neox": ("dense.bias", "4h_to_h.bias"),
+        "molm": ("k_proj", "v_proj", "gate"),
+    }[name]
     assert all(any(end in one for end in ends) for one in left), left
 
 

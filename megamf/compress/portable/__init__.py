@@ -1,0 +1,1 @@
+"""Modelling files that go into saved folders; they need torch and transformers only."""
