@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+from megamf.adapt.lora import needs_peft, require_peft
 from megamf.apex import fused_adam
 from megamf.callbacks.checkpointing import Checkpointing, find_resume, inserted_modules
 from megamf.callbacks.evaluation import Evaluation, Part
@@ -36,6 +37,8 @@ def check(config: RunConfig, num_ranks: int) -> None:
     Backends.of(config)
     if config.optim.implementation == "apex":
         fused_adam()
+    if needs_peft(config.model, config.tune):
+        require_peft()
     if not config.data.train:
         raise ConfigError("data.train is empty: give at least one {path, weight}")
 

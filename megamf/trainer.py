@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megamf import faults
+from megamf.adapt.lora import attach
 from megamf.callbacks.base import Callback
 from megamf.config import RunConfig
 from megamf.data.loader import MicroBatch, StepLoader
@@ -91,6 +92,7 @@ class Trainer:
         model = build_model(config, self.mesh, self.dispatchers)
         model.set_activation_checkpointing(config.train.activation_checkpointing)
         specialise(model, config.tune, inserted)
+        attach(model, config.tune, config.run.seed)
         # A configuration has one of the two.
         self.row_weight = config.losses.routing_regularisation + config.tune.rows_regularisation
         rows = "none" if not self.row_weight else "inserted" if config.tune.rows_regularisation else "all"

@@ -1,7 +1,7 @@
-"""Show what a checkpoint holds, verify that it is whole, repack it.
+"""Show what a checkpoint holds, verify that it is whole, repack it, fold its adapters into its weights.
 
-`megamf checkpoint show PATH`, `verify PATH` and `reshard PATH OUT`, where PATH is a step directory, the directory
-that holds such (its `latest` is taken), or a run directory.
+`megamf checkpoint show PATH`, `verify PATH`, `reshard PATH OUT` and `fold PATH OUT`, where PATH is a step directory,
+the directory that holds such (its `latest` is taken), or a run directory.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
+from megamf.adapt.fold import adapters_of, fold
 from megamf.checkpoint import Checkpoint, DamagedCheckpoint, Problem, list_steps, reshard, resolve, verify
 from megamf.checkpoint.layout import DTYPE_OF_NAME, LATEST, SHARD_SUFFIX, WEIGHTS, split_name, step_path
 from megamf.checkpoint.verify import read_manifest
@@ -29,7 +30,7 @@ from megamf.tools._models import progress
 def main(argv: list[str] | None = None) -> int:
     """Entry of the job. Exit codes: 0 done and good; 1 damaged (verify); 2 wrong usage."""
     options = _parser().parse_args(argv)
-    return {"show": _show, "verify": _verify, "reshard": _reshard}[options.action](options)
+    return {"show": _show, "verify": _verify, "reshard": _reshard, "fold": _fold}[options.action](options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,6 +54,14 @@ def _parser() -> argparse.ArgumentParser:
     repack.add_argument("out", type=Path, help="a new folder of checkpoints")
     repack.add_argument("--file-mib", type=int, default=2048, metavar="N", help="size of a file at most, in MiB (2048)")
     repack.add_argument("--weights-only", action="store_true", help="without masters and optimizer moments")
+    fold_ = actions.add_parser(
+        "fold",
+        help="a plain checkpoint of one with LoRA adapters",
+        description="Write the weights with the adapters of a run with tune.strategy=lora added into them: a "
+        "checkpoint like any other, of the same model. It holds no optimizer state.",
+    )
+    fold_.add_argument("path", type=Path, help="step directory, checkpoints directory or run directory")
+    fold_.add_argument("out", type=Path, help="a new folder of checkpoints")
     return parser
 
 
@@ -190,6 +199,14 @@ def _reshard(options: argparse.Namespace) -> int:
     with Checkpoint(path) as copy:
         files = sum(name.endswith(SHARD_SUFFIX) for name in copy.manifest.files)
         print(f"{path}: {files} tensor files, {decimal(copy.manifest.total_bytes)}")
+    return 0
+
+
+def _fold(options: argparse.Namespace) -> int:
+    with Checkpoint(options.path) as source, progress("writing") as advance:
+        adapters = adapters_of(source)
+        path = fold(source, options.out, on_tensor=advance)
+    print(f"{path}: {len(adapters.shapes) // 2} adapters of rank {adapters.tune.lora_rank} folded in")
     return 0
 
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch import Tensor
 
+from megamf.adapt.fold import adapters_of, check_adapters
+from megamf.adapt.lora import is_adapter
 from megamf.callbacks.base import Callback
 from megamf.callbacks.module_load import module_load
 from megamf.checkpoint import (
@@ -153,6 +155,7 @@ class Checkpointing(Callback):
     def _resume(self, trainer: "Trainer", path: Path) -> None:
         path = self._verified(trainer, path)
         with Checkpoint(path) as checkpoint:
+            check_adapters(checkpoint, trainer.config.tune, begins=False)
             check_model(checkpoint, global_shapes(trainer.model))
             check_resumable(checkpoint)
             check_trained(checkpoint, missing_state(trainer.engine, checkpoint))
@@ -166,7 +169,11 @@ class Checkpointing(Callback):
     def _start_from(self, trainer: "Trainer", path: Path) -> None:
         path = self._verified(trainer, self._on_main(trainer, lambda: resolve(path)))
         with Checkpoint(path) as checkpoint:
-            check_model(checkpoint, global_shapes(trainer.model))
+            check_adapters(checkpoint, trainer.config.tune, begins=True)
+            shapes = global_shapes(trainer.model)
+            if adapters_of(checkpoint) is None:
+                shapes = {key: shape for key, shape in shapes.items() if not is_adapter(key)}
+            check_model(checkpoint, shapes)
             load_weights(trainer.model, checkpoint)
             refresh_masters(trainer.engine)
             self.modules = checkpoint.modules or self.modules
@@ -273,6 +280,12 @@ def inserted_modules(config: RunConfig) -> dict[tuple[int, str], int]:
     if strategy == "full":
         return {}
     path = find_resume(config.checkpoint.resume, config.run.dir / "checkpoints") or config.checkpoint.init_from
+    if path is None and strategy == "lora":
+        raise UserError(
+            "tune.strategy=lora adapts a trained model, but this run starts from nothing: give checkpoint.init_from"
+        )
+    if strategy == "lora":
+        return {}
     if path is None:
         raise UserError(
             f"tune.strategy={strategy} trains inserted modules, but this run starts from nothing: give "

@@ -72,10 +72,11 @@ class Losses(Section):
 class Tune(Section):
     """Which parameters are trained. Inserted modules are those that the module table of the checkpoint says were."""
 
-    strategy: Literal["full", "inserted", "router_rows"] = Field(
+    strategy: Literal["full", "inserted", "router_rows", "lora"] = Field(
         "full",
         description="full: everything; inserted: inserted modules and all routers; router_rows: inserted modules and "
-        "their rows of the routers. The rest stays as it is and has no optimizer state",
+        "their rows of the routers; lora: low-rank adapters beside the weights. The rest stays as it is and has no "
+        "optimizer state",
     )
     inserted: Literal["latest", "all"] = Field(
         "latest",
@@ -86,16 +87,25 @@ class Tune(Section):
     rows_regularisation: NonNegativeFloat = Field(
         0.0, description="weight of ||A'||^2, the squared norm of the routers' rows of inserted modules"
     )
+    lora_rank: PositiveInt = Field(8, description="of an adapter, on top of its frozen weight")
+    lora_alpha: PositiveFloat = Field(16.0, description="adapters are scaled by lora_alpha / lora_rank")
+    lora_targets: Literal["attention", "mlp", "all"] = Field(
+        "all",
+        description="attention: projections of queries, outputs, and keys and values where there are any; mlp: both "
+        "matrices; all: these two. Of experts each has an adapter of its own; routers stay as they are",
+    )
 
     @model_validator(mode="after")
     def _has_an_effect(self) -> "Tune":
-        for key in ("embeddings", "rows_regularisation"):
-            if self.strategy == "full" and getattr(self, key):
+        needed = {"embeddings": ("inserted", "router_rows", "lora")}
+        needed |= dict.fromkeys(("inserted", "rows_regularisation"), ("inserted", "router_rows"))
+        needed |= dict.fromkeys(("lora_rank", "lora_alpha", "lora_targets"), ("lora",))
+        for key, strategies in needed.items():
+            value = getattr(self, key)
+            if self.strategy not in strategies and value != type(self).model_fields[key].default:
                 raise ValueError(
-                    f"tune.{key}={getattr(self, key)} needs tune.strategy=inserted or router_rows, not full"
+                    f"tune.{key}={value} needs tune.strategy={' or '.join(strategies)}, not {self.strategy}"
                 )
-        if self.strategy == "full" and self.inserted != "latest":
-            raise ValueError(f"tune.inserted={self.inserted} needs tune.strategy=inserted or router_rows, not full")
         return self
 
 
@@ -324,6 +334,8 @@ class RunConfig(Section):
     def _tunes_what_there_is(self) -> "RunConfig":
         if self.tune.strategy == "full":
             return self
+        if self.tune.strategy == "lora":
+            return self._adapts_what_there_is()
         if self.model.kind == "dense":
             raise ValueError(f"tune.strategy={self.tune.strategy} needs experts, but model.kind=dense has none")
         if self.parallel.ep > 1:
@@ -335,6 +347,24 @@ class RunConfig(Section):
             raise ValueError(
                 f"tune.rows_regularisation={self.tune.rows_regularisation} and losses.routing_regularisation="
                 f"{self.losses.routing_regularisation} measure rows of the same routers: give one of the two"
+            )
+        return self
+
+    def _adapts_what_there_is(self) -> "RunConfig":
+        if self.parallel.ep > 1:
+            raise ValueError(
+                f"tune.strategy=lora needs parallel.ep=1, not {self.parallel.ep}: an adapter stands beside the weight "
+                "of its expert, and adapters are small; ranks are better used for sequences"
+            )
+        if self.losses.routing_regularisation:
+            raise ValueError(
+                f"losses.routing_regularisation={self.losses.routing_regularisation} has no effect with "
+                "tune.strategy=lora, which leaves routers as they are"
+            )
+        if self.tune.lora_rank >= (least := min(self.model.n_embd, self.model.att_hidden, self.model.ffd_hidden)):
+            raise ValueError(
+                f"tune.lora_rank={self.tune.lora_rank} is no low rank of matrices whose smaller side is {least}: "
+                "use tune.strategy=full"
             )
         return self
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol, Self
 import torch
 from pydantic import ValidationError
 
+from megamf.adapt.fold import FoldingReader, adapters_of
 from megamf.checkpoint import MASTER, WEIGHTS, Checkpoint, check_model, expert_name
 from megamf.config import ModelConfig
 from megamf.errors import UserError
@@ -77,13 +78,14 @@ def expected_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 class CheckpointWeights:
-    """The weights of a megamf checkpoint."""
+    """The weights of a megamf checkpoint; those that have adapters are read with their adapters folded in."""
 
     def __init__(self, path: Path, dtype: torch.dtype | None = None) -> None:
         self.checkpoint = Checkpoint(path)
         self.path = self.checkpoint.path
         self.model = _model_of(self.checkpoint.model, self.path)
         self._wanted = dtype
+        self._adapters = adapters_of(self.checkpoint)
         # Of a tensor that was trained in part, the weights are all there is of the whole.
         whole = self.checkpoint.logical_shapes(MASTER).items()
         self._masters = {key for key, shape in whole if self._has_master(key, shape[0])}
@@ -101,13 +103,17 @@ class CheckpointWeights:
     def dtype(self, name: str) -> torch.dtype:
         group = self._group(name)
         stored = name if self.checkpoint.has(name, group) else expert_name(name, 0)
-        return self.checkpoint.dtype(stored, group)
+        dtype = self.checkpoint.dtype(stored, group)
+        if self._adapters and self._adapters.on(name) and self._wanted and self._wanted.itemsize > dtype.itemsize:
+            return torch.promote_types(dtype, torch.float32)
+        return dtype
 
     def read(self, name: str) -> torch.Tensor:
-        return self.checkpoint.full(name, self._group(name))
+        found = FoldingReader(self.checkpoint, self._adapters).read(name) if self._adapters else None
+        return self.checkpoint.full(name, self._group(name)) if found is None else found.to(self.dtype(name))
 
     def check(self, expected: dict[str, tuple[int, ...]]) -> None:
-        check_model(self.checkpoint, expected)
+        check_model(self.checkpoint, expected | (self._adapters.shapes if self._adapters else {}))
 
     def _group(self, name: str) -> str:
         if self._wanted is None or name not in self._masters:

@@ -25,7 +25,10 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class ExpertLinear(nn.Module):
-    """One bias-free linear map for each local expert: weight_LDF, without the last ones where they are `inserted`."""
+    """One bias-free linear map for each local expert: weight_LDF, without the last ones where they are `inserted`.
+
+    `adapter`: a module whose result, for the arguments of `forward`, is added to the products.
+    """
 
     def __init__(
         self, num_local: int, in_features: int, out_features: int, dispatcher: Dispatcher, backend: str = "auto"
@@ -36,6 +39,7 @@ class ExpertLinear(nn.Module):
         self.shape = (num_local, in_features, out_features)
         self.weight = nn.Parameter(torch.empty(self.shape))
         self.register_parameter("inserted", None)
+        self.register_module("adapter", None)
 
     def train_from(self, index: int) -> None:
         """Freeze the experts before `index`; those from there on become a parameter of their own."""
@@ -51,6 +55,12 @@ class ExpertLinear(nn.Module):
         self, x: torch.Tensor, plan: Plan, fans: tuple[int, int] | None = None, gate_NK: torch.Tensor | None = None
     ) -> torch.Tensor:
         """x_RD, rows as the dispatcher grouped them by `plan` -> y_RF; with fans (in, out) as `routed_linear` does."""
+        y = self._products(x, plan, fans, gate_NK)
+        return y if self.adapter is None else y + self.adapter(x, plan, fans, gate_NK)
+
+    def _products(
+        self, x: torch.Tensor, plan: Plan, fans: tuple[int, int] | None, gate_NK: torch.Tensor | None
+    ) -> torch.Tensor:
         if fans is None and self.inserted is not None and self.weight.shape[0] and x.device.type == "cpu":
             return self._apart(x, plan)
         if fans is None:

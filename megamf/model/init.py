@@ -29,7 +29,7 @@ def initial_value(
     if experts is not None:
         value_LDF = torch.zeros(shape)
         for local, expert in enumerate(experts):
-            value_LDF[local].uniform_(-1.0 / shape[1], 1.0 / shape[1], generator=_generator(seed, f"{name}.{expert}"))
+            value_LDF[local].uniform_(-1.0 / shape[1], 1.0 / shape[1], generator=generator(seed, f"{name}.{expert}"))
         return value_LDF
     if name.endswith("expert_centroids"):
         return _normal(shape, 1.0, seed, name)
@@ -48,16 +48,20 @@ def expert_indices(model: nn.Module) -> dict[str, range]:
             for child, layer in module.named_children():
                 if isinstance(layer, ExpertLinear):
                     found[f"{prefix}.{child}.weight"] = module.local_experts
+                    if layer.adapter is not None:
+                        for name, _ in layer.adapter.named_parameters():
+                            found[f"{prefix}.{child}.adapter.{name}"] = module.local_experts
                     if layer.inserted is not None:
                         found[f"{prefix}.{child}.weight"] = module.local_experts[: layer.weight.shape[0]]
                         found[f"{prefix}.{child}.inserted"] = module.local_experts[layer.weight.shape[0] :]
     return found
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
+def generator(seed: int, name: str) -> torch.Generator:
+    """A generator of its own for everything that has a name."""
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def _normal(shape: Sequence[int], std: float, seed: int, name: str) -> torch.Tensor:
-    return torch.empty(shape).normal_(0.0, std, generator=_generator(seed, name))
+    return torch.empty(shape).normal_(0.0, std, generator=generator(seed, name))

@@ -8,6 +8,7 @@ A stacked tensor of which a part is trained becomes two parameters, the trained 
 says what they are of the whole.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -17,12 +18,16 @@ from megamf.config.run import Tune
 from megamf.model.experts import ExpertLinear, RoutedExperts
 from megamf.model.moduleformer import ModuleFormer
 
+_ADAPTER = re.compile(r"(\.lora_[AB])\.default\.weight$")
+
 Inserted = Mapping[tuple[int, str], int]
 """(layer, `attention` or `mlp`) -> I, the number of inserted modules."""
 
 
 def specialise(model: ModuleFormer, tune: Tune, inserted: Inserted) -> None:
     """Freeze what `tune.strategy` does not train and split what it trains in part. All experts must be here.
+
+    With strategy lora everything is frozen (but embeddings, where those are trained): adapters are put in afterwards.
 
     Raises ValueError where a layer has fewer modules than are said to be inserted.
     """
@@ -32,6 +37,8 @@ def specialise(model: ModuleFormer, tune: Tune, inserted: Inserted) -> None:
     if tune.embeddings:
         for parameter in (model.transformer.wte.weight, model.lm_head.weight):
             parameter.requires_grad_(True)
+    if tune.strategy == "lora":
+        return
     for layer, kind, experts in routed(model):
         count = inserted.get((layer, kind), 0)
         if count > experts.num_experts:
@@ -61,17 +68,19 @@ class Part:
 
     experts: of an expert tensor, the global indices of the experts here; everywhere: those in all processes together.
     rows: of a router matrix that is split, its rows. A parameter with neither is the whole.
+    adapter: it is no part of the model but trained beside it, and new where a run begins.
     """
 
     key: str
     experts: range | None = None
     everywhere: range | None = None
     rows: range | None = None
+    adapter: bool = False
 
 
 def logical_parts(model: nn.Module) -> dict[str, Part]:
     """Name of every parameter -> what it is."""
-    parts = {name: Part(name) for name, _ in model.named_parameters()}
+    parts = {name: _plain_part(name) for name, _ in model.named_parameters()}
     for prefix, module in model.named_modules():
         if not isinstance(module, RoutedExperts):
             continue
@@ -86,10 +95,20 @@ def logical_parts(model: nn.Module) -> dict[str, Part]:
     return parts
 
 
+def _plain_part(name: str) -> Part:
+    """PEFT keeps a layer that it adapts as `base_layer`, and its own matrices by the name of the adapter."""
+    return Part(_ADAPTER.sub(r"\1", name.replace(".base_layer.", ".")), adapter=".lora_" in name)
+
+
 def _expert_parts(prefix: str, layer: ExpertLinear, module: RoutedExperts) -> dict[str, Part]:
     key = f"{prefix}.weight"
+    here, everywhere = module.local_experts, range(module.num_experts)
+    if layer.adapter is not None:
+        names = [name for name, _ in layer.adapter.named_parameters()]
+        found = {f"{prefix}.adapter.{name}": Part(f"{prefix}.{name}", here, everywhere, None, True) for name in names}
+        return {key: Part(key, here, everywhere)} | found
     if layer.inserted is None:
-        return {key: Part(key, module.local_experts, range(module.num_experts))}
+        return {key: Part(key, here, everywhere)}
     frozen = range(layer.weight.shape[0])
     trained = range(len(frozen), module.num_experts)
     return {key: Part(key, frozen, frozen), f"{prefix}.inserted": Part(key, trained, trained)}

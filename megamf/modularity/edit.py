@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 
+from megamf.adapt.fold import refuse_adapters
 from megamf.checkpoint import Checkpoint, check_space, list_steps, save
 from megamf.checkpoint.layout import EXP_AVG, EXP_AVG_SQ, expert_name, full_name, module_id
 from megamf.checkpoint.schema import Module
@@ -74,6 +75,7 @@ def rearrange(
     Returns the step directory. Raises UserError where a place would be left with fewer modules than a token uses,
     where `out` already holds checkpoints, and where the disk is full.
     """
+    refuse_adapters(source, "change its modules")
     model = model_of(source)
     whole = {place: [Kept(i) for i in range(count)] for place, count in module_counts(model).items()}
     unknown = sorted(set(arrangement) - set(whole))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from megamf.adapt.fold import refuse_adapters
 from megamf.checkpoint import MASTER, WEIGHTS, Checkpoint, check_space, full_name, list_steps, save
 from megamf.checkpoint.layout import expert_name
 from megamf.errors import UserError
@@ -37,6 +38,8 @@ def combine(
     first = checkpoints[0]
     if len(checkpoints) != len(coefficients):
         raise UserError(f"{len(checkpoints)} checkpoints and {len(coefficients)} coefficients: one for each")
+    for checkpoint in checkpoints:
+        refuse_adapters(checkpoint, "average it with others")
     for other in checkpoints[1:]:
         _check_alike(first, other)
     if list_steps(Path(out)):

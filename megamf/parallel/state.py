@@ -187,9 +187,15 @@ def torch_optimizer(engine: Any) -> torch.optim.Optimizer:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Fill the parameters of a model (a rank's share of it) with the best precision the checkpoint has."""
+    """Fill the parameters of a model (a rank's share of it) with the best precision the checkpoint has.
+
+    Adapters that the checkpoint does not have stay as they are.
+    """
     parts = logical_parts(model)
+    stored = checkpoint.logical_shapes()
     for name, parameter in model.named_parameters():
+        if parts[name].adapter and parts[name].key not in stored:
+            continue
         group = "master" if _stored(checkpoint, parts[name], "master") else "weights"
         _set_weights(parameter, _read(checkpoint, parts[name], group, parameter))
 

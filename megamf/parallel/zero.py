@@ -81,6 +81,11 @@ def deepspeed_config(config: RunConfig, num_ranks: int) -> dict[str, Any]:
     _check_zero(filled["zero_optimization"], config)
     if stage == 3 and config.parallel.ep > 1 and config.model.kind != "dense":
         _autoep_layer()
+    if stage == 3 and config.tune.strategy == "lora":
+        raise ConfigError(
+            f"{config.deepspeed}: ZeRO stage 3 cuts up weights before tune.strategy=lora puts adapters beside them: "
+            "use deepspeed=zero2 or zero2_offload"
+        )
     if stage == 3 and config.tune.strategy != "full":
         raise ConfigError(
             f"{config.deepspeed}: ZeRO stage 3 trains whole tensors, tune.strategy={config.tune.strategy} parts of "

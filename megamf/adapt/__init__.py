@@ -1,0 +1,1 @@
+"""Small sets of parameters trained beside frozen weights."""
