@@ -163,7 +163,9 @@ def require_peft() -> None:
     try:
         import peft  # noqa: F401
     except ModuleNotFoundError as error:
-        raise UserError(f"tune.strategy=lora adapts linear layers with PEFT: {error}; pip install megamf[adapt]") from None
+        raise UserError(
+            f"tune.strategy=lora adapts linear layers with PEFT, but {error}: pip install megamf[adapt]"
+        ) from None
 
 
 def needs_peft(model: ModelConfig, tune: Tune) -> bool:
