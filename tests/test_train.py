@@ -440,6 +440,7 @@ def test_forgetting_is_seen_as_it_happens(edited, corpus, capsys):
         ("mixed", ["tune.strategy=inserted"], "needs the inserted modules last"),
         ("grown", ["tune.strategy=inserted", "deepspeed=zero3"], "use deepspeed=zero2"),
         ("grown", ["tune.strategy=inserted", "parallel.ep=2"], "needs parallel.ep=1, not 2"),
+        ("grown", ["tune.inserted=all"], "tune.inserted=all needs tune.strategy=inserted or router_rows"),
         ("grown", ["tune.embeddings=true"], "tune.embeddings=True needs tune.strategy=inserted or router_rows"),
         ("grown", ["tune.rows_regularisation=0.1"], "tune.rows_regularisation=0.1 needs tune.strategy=inserted"),
         (

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from megamf.checkpoint import Checkpoint
 from megamf.data.tokenizer import load_tokenizer
 from megamf.errors import UserError
 from megamf.evaluate.load import DTYPES, check_vocabulary, load_model
@@ -53,11 +54,12 @@ def refuse_without_data(args: argparse.Namespace, *more: str) -> None:
             raise UserError(f"--{name.replace('_', '-')} has no effect without --data")
 
 
-def one_dataset(path: Path) -> Statistics:
-    """The statistics in a file of `modules show --json`. Raises UserError unless they are of one dataset."""
+def one_dataset(path: Path, checkpoint: Checkpoint) -> Statistics:
+    """The statistics in a file of `modules show --json`. Raises UserError unless of one dataset and `checkpoint`."""
     found = read_statistics(path)
-    if len(found) != 1:
+    found.check(path, checkpoint)
+    if len(found.statistics) != 1:
         raise UserError(
-            f"{path} holds {len(found)} datasets, one is needed: `megamf modules show --data` with that one"
+            f"{path} holds {len(found.statistics)} datasets, one is needed: `megamf modules show --data` with that one"
         )
-    return found[0]
+    return found.statistics[0]

@@ -116,6 +116,6 @@ def _most_used(args: argparse.Namespace, donor: Checkpoint, model: ModelConfig) 
         return None
     if args.statistics is None:
         return insert.table_frequencies(donor)
-    statistics = one_dataset(args.statistics)
+    statistics = one_dataset(args.statistics, donor)
     statistics.check(module_counts(model))
     return statistics.frequencies()

@@ -71,6 +71,8 @@ def prune_job(args: argparse.Namespace) -> int:
 def _check_prune(args: argparse.Namespace) -> None:
     refuse_without_data(args)
     settings = args.tau or args.share or [0.0]
+    if args.statistics is not None and (args.by != "use" or args.modules):
+        raise UserError("--statistics say how often modules are used: they belong to --by use with --tau or --share")
     for path in (args.json, args.picture):
         refuse_unwritable(path)
     if args.dry_run:
@@ -78,7 +80,11 @@ def _check_prune(args: argparse.Namespace) -> None:
             pictures.require_matplotlib()
             if args.data is None:
                 raise UserError("--picture shows the loss: give --data")
+        if args.out is not None:
+            raise UserError(f"--dry-run writes nothing: leave {args.out} away")
         return
+    if args.data is not None and (args.by != "use" or args.modules or args.statistics):
+        raise UserError("--data has no effect here: what goes is known without, and its loss is shown by --dry-run")
     if args.out is None:
         raise UserError("give OUT, a new folder for the pruned checkpoint, or --dry-run")
     if len(settings) > 1:
@@ -99,7 +105,7 @@ def _selection(args: argparse.Namespace, source: Checkpoint, model):
     elif args.by == "random":
         scores = prune.random_scores(model, args.seed)
     else:
-        statistics = _statistics_of_use(args)
+        statistics = _statistics_of_use(args, source)
         statistics.check(module_counts(model))
         scores = statistics.relative_load()
     if args.tau:
@@ -107,9 +113,9 @@ def _selection(args: argparse.Namespace, source: Checkpoint, model):
     return (lambda share: prune.keep_share(model, scores, share)), args.share
 
 
-def _statistics_of_use(args: argparse.Namespace) -> Statistics:
+def _statistics_of_use(args: argparse.Namespace, source: Checkpoint) -> Statistics:
     if args.statistics is not None:
-        return one_dataset(args.statistics)
+        return one_dataset(args.statistics, source)
     if args.data is None:
         raise UserError("pruning by use needs --data, or --statistics written by `megamf modules show --json`")
     model, seq_len = load(args)

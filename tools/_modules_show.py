@@ -6,9 +6,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from megamf.checkpoint import Checkpoint
+from megamf.evaluate.weights import is_public_folder
 from megamf.modularity import pictures
 from megamf.modularity.similarity import closest_pairs, similarity
-from megamf.modularity.statistics import Statistics, summary
+from megamf.modularity.statistics import Statistics, fingerprint, summary
 from megamf.tools._models import add_model_options, progress, refuse_unwritable, write_json
 from megamf.tools._modules_common import data_options, load, watch
 
@@ -28,7 +30,8 @@ def show(args: argparse.Namespace) -> int:
         pictures.require_matplotlib()
     model, seq_len = load(args)
     statistics = [watch(args, model, seq_len, prefix) for prefix in args.data]
-    tree = {"checkpoint": str(args.checkpoint), "statistics": [item.model_dump() for item in statistics]}
+    tree = {"checkpoint": str(args.checkpoint), "manifest": _fingerprint(args.checkpoint)}
+    tree["statistics"] = [item.model_dump() for item in statistics]
     console = Console(soft_wrap=True)
     for item in statistics:
         console.print(_use_table(item))
@@ -46,6 +49,13 @@ def show(args: argparse.Namespace) -> int:
     if args.picture is not None:
         pictures.heat_maps(statistics, args.picture)
     return 0
+
+
+def _fingerprint(path: Path) -> str | None:
+    if is_public_folder(path):
+        return None
+    with Checkpoint(path) as checkpoint:
+        return fingerprint(checkpoint)
 
 
 def _use_table(statistics: Statistics) -> Table:

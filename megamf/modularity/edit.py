@@ -6,6 +6,7 @@ Shapes: E modules of a place, D width, F expert width, G router width.
 import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -90,9 +91,8 @@ def rearrange(
     run = uuid.uuid4().hex
     state = _state(source, new_model, what, run)
     tensors = _Stream(source, model, wanted, on_tensor)
-    existed = out.exists()
-    try:
-        check_space(out if existed else out.absolute().parent, tensors.num_bytes())
+    with leaving_nothing(out):
+        check_space(out, tensors.num_bytes())
         return save(
             out,
             source.step,
@@ -102,6 +102,14 @@ def rearrange(
             new_model.model_dump(mode="json"),
             run_id=run,
         )
+
+
+@contextmanager
+def leaving_nothing(out: Path) -> Iterator[None]:
+    """A folder that was not there before is not there after a failure either."""
+    existed = out.exists()
+    try:
+        yield
     except BaseException:
         if not existed and out.exists() and not any(out.iterdir()):
             out.rmdir()

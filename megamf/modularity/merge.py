@@ -15,7 +15,7 @@ from megamf.checkpoint import MASTER, WEIGHTS, Checkpoint, check_space, full_nam
 from megamf.checkpoint.layout import expert_name
 from megamf.errors import UserError
 from megamf.model import ModuleFormer
-from megamf.modularity.edit import Arrangement, Kept, Made, module_counts
+from megamf.modularity.edit import Arrangement, Kept, Made, leaving_nothing, module_counts
 from megamf.modularity.inputs import module_inputs
 from megamf.modularity.places import PARTS, Place
 from megamf.modularity.similarity import closest_pairs
@@ -42,11 +42,11 @@ def combine(
         refuse_adapters(checkpoint, "average it with others")
     for other in checkpoints[1:]:
         _check_alike(first, other)
-    if list_steps(Path(out)):
+    out = Path(out)
+    if list_steps(out):
         raise UserError(f"{out} already holds checkpoints: name another folder")
     groups = [group for group in first.groups if group in (WEIGHTS, MASTER)]
     names = [(group, name) for group in groups for name in first.names(group)]
-    check_space(Path(out).absolute().parent, first.num_bytes(groups))
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for done, (group, name) in enumerate(names, start=1):
@@ -67,7 +67,9 @@ def combine(
     state = kept | {"run_id": run, "origin": {"format": "megamf checkpoints", "parents": parents, "edit": what}}
     origin = ", ".join(f"{parent['run_id'][:8]}/{parent['name']}" for parent in parents)
     table = [row.model_copy(update={"provenance": "merged", "origin": origin}) for row in first.modules]
-    return save(Path(out), first.step, tensors(), state, table, first.model, run_id=run)
+    with leaving_nothing(out):
+        check_space(out, first.num_bytes(groups))
+        return save(out, first.step, tensors(), state, table, first.model, run_id=run)
 
 
 def _check_alike(first: Checkpoint, other: Checkpoint) -> None:

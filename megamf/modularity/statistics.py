@@ -4,6 +4,7 @@ Shapes: B windows, T tokens, N = B*T, D width, E modules of a place, K chosen by
 Source: the ModuleFormer paper, section on fine-tuning and compressing (f_m), and its mutual-information loss.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from megamf.checkpoint import Checkpoint
+from megamf.checkpoint.layout import MANIFEST
 from megamf.data.indexed import IndexedDataset
 from megamf.errors import UserError
 from megamf.evaluate.perplexity import Windows
@@ -80,15 +83,44 @@ class Statistics(_Strict):
                 )
 
 
-def read_statistics(path: Path) -> list[Statistics]:
+class StatisticsFile(BaseModel):
+    """What `megamf modules show --json` writes, as far as others read it.
+
+    manifest: `fingerprint` of the checkpoint that was looked at; None of a folder of another format.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    checkpoint: str
+    manifest: str | None = None
+    statistics: list[Statistics]
+
+    def check(self, path: Path, checkpoint: Checkpoint) -> None:
+        """Raise UserError where the file `path` holds statistics of another checkpoint than this one."""
+        own = fingerprint(checkpoint)
+        if self.manifest not in (None, own):
+            raise UserError(
+                f"{path} holds statistics of another checkpoint: {self.checkpoint} with manifest {self.manifest[:12]}; "
+                f"{checkpoint.path} has {own[:12]}. Make them anew: megamf modules show {checkpoint.path} --json"
+            )
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """sha256 of the manifest, which has the checksums of everything else."""
+    return hashlib.sha256((checkpoint.path / MANIFEST).read_bytes()).hexdigest()
+
+
+def read_statistics(path: Path) -> StatisticsFile:
     """The datasets in a file written by `megamf modules show --json`. Raises UserError where it is none."""
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        return [Statistics.model_validate(item) for item in tree["statistics"]]
+        return StatisticsFile.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else repr(error)
+    except ValueError as error:
+        what = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise UserError(f"{path} is no file of module statistics: {what}") from None
 
 

@@ -82,13 +82,13 @@ def test_loads_are_relative_to_layer_and_kind(make_model, make_data):
 def test_files(make_model, make_data, tmp_path):
     found = collect(make_model(), make_data(), seq_len=12, batch=4)
     path = tmp_path / "use.json"
-    path.write_text(json.dumps({"statistics": [found.model_dump()]}))
-    assert read_statistics(path) == [found] and isinstance(found, Statistics)
+    path.write_text(json.dumps({"checkpoint": "x", "statistics": [found.model_dump()]}))
+    assert read_statistics(path).statistics == [found] and isinstance(found, Statistics)
     assert all(math.isfinite(router.mutual_information) for router in found.routers)
     found.check({place: len(values) for place, values in found.frequencies().items()})
     with pytest.raises(UserError, match=r"layer 0, mlp has 5 modules in them and 4 in the checkpoint"):
         found.check(dict.fromkeys(found.frequencies(), 4))
-    for content in ("{", "{}", '{"statistics": [{"data": "x"}]}'):
+    for content in ("{", "{}", "[]", '{"checkpoint": "x", "statistics": [{"data": "x"}]}'):
         path.write_text(content)
         with pytest.raises(UserError, match="no file of module statistics"):
             read_statistics(path)

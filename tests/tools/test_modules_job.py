@@ -1,6 +1,8 @@
 """`megamf modules`: from a checkpoint to tables, pictures and a pruned checkpoint; mistakes leave nothing."""
 
 import json
+import multiprocessing
+import resource
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from megamf.checkpoint import Checkpoint, verify
 from megamf.cli import run
 from megamf.config import ModelConfig
 from megamf.data.indexed import IndexedWriter, Metadata
+from megamf.evaluate.load import load_model
 from megamf.evaluate.perplexity import measure
 from megamf.model import ModuleFormer
 from megamf.tools.modules import main
@@ -44,6 +47,18 @@ def data(tmp_path):
     return make
 
 
+@pytest.fixture
+def untouched(tmp_path):
+    """Afterwards every file that was there is as it was, and no other is."""
+
+    def contents():
+        return {path: path.read_bytes() for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+
+    before = contents()
+    yield
+    assert contents() == before
+
+
 def test_show_then_prune(checkpoint, data, tmp_path, capsys):
     prefixes = [data("prose", 0, 30), data("code", 30, 64)]
     out, picture = tmp_path / "use.json", tmp_path / "use.png"
@@ -71,8 +86,6 @@ def test_show_then_prune(checkpoint, data, tmp_path, capsys):
         assert not verify(small.path)
         assert len(small.modules) == points[2]["attention"] + points[2]["mlp"]
         assert small.state["origin"]["edit"]["rule"] == "tau"
-        from megamf.evaluate import load_model
-
         model, _ = load_model(small.path)
     assert measure(model, prefixes[0], seq_len=16, batch=8).loss == pytest.approx(points[2]["loss"], rel=1e-6)
     assert f"({points[2]['pruned_share']:.1%} pruned)" in capsys.readouterr().out
@@ -104,14 +117,62 @@ def test_baselines_and_names(checkpoint, tmp_path, by):
         (["--modules", *(f"L00.mlp.{i:03d}" for i in range(5))], "layer 0, mlp: 1 modules would be left"),
         (["--tau", "0.1", "--statistics", "{tmp}/none.json"], "cannot be read"),
         (["--tau", "0.1", "--by", "norm", "--picture", "{tmp}/x.png"], "belong to --dry-run"),
+        (["--tau", "0.1", "--by", "norm", "--dry-run"], "--dry-run writes nothing: leave"),
+        (["--tau", "0.1", "--by", "norm", "--data", "{tmp}/x"], "--data has no effect here"),
+        (["--tau", "0.1", "--by", "norm", "--statistics", "{tmp}/x"], "they belong to --by use"),
     ],
 )
-def test_mistakes(checkpoint, tmp_path, capsys, arguments, message):
+def test_mistakes(checkpoint, tmp_path, capsys, untouched, arguments, message):
     arguments = [argument.format(tmp=tmp_path) for argument in arguments]
-    before = sorted(path.name for path in tmp_path.iterdir())
     assert run(main, ["prune", str(checkpoint), str(tmp_path / "out"), *arguments]) == 2
     assert message in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_statistics_of_another_checkpoint(checkpoint, data, tmp_path, save_model, capsys):
+    """Also of one with the same numbers of modules: both are named."""
+    prefix, use = data("prose", 0, 64), tmp_path / "use.json"
+    other = save_model(tmp_path / "other", load_model(checkpoint)[0], step=1)
+    assert main(["show", str(other), "--data", prefix, "--json", str(use)]) == 0
+    for words in (["prune", "--tau", "0.1"], ["insert", "--mlp", "1", "--copy"]):
+        action, *rest = words
+        arguments = [action, str(checkpoint), str(tmp_path / "out"), *rest, "--statistics", str(use)]
+        assert run(main, arguments) == 2
+        printed = " ".join(capsys.readouterr().err.split())
+        assert f"statistics of another checkpoint: {other} with manifest" in printed and str(checkpoint) in printed
+    assert not (tmp_path / "out").exists()
+    assert main(["prune", str(other), str(tmp_path / "out"), "--tau", "0.1", "--statistics", str(use)]) == 0
+
+
+def test_a_transplant_of_other_widths(checkpoint, tmp_path, save_model, capsys, request):
+    config = load_model(checkpoint)[1]
+    wider = ModuleFormer(ModelConfig.model_validate(config.model_dump() | {"ffd_hidden": 24}))
+    donor = save_model(tmp_path / "donor", wider)
+    request.getfixturevalue("untouched")
+    words = ["insert", str(checkpoint), str(tmp_path / "out"), "--mlp", "1", "--transplant", str(donor)]
+    assert run(main, words) == 2
+    assert "ffd_hidden is 24 there and 16 here" in " ".join(capsys.readouterr().err.split())
+
+
+def with_small_file_limit(words, reply):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    reply.send(run(main, words))
+
+
+@pytest.mark.parametrize(
+    "words", [["prune", "--share", "0.01", "--by", "norm"], ["insert", "--mlp", "1"], ["merge", "--with", "{ck}"]]
+)
+def test_a_full_disk_leaves_nothing(checkpoint, tmp_path, capfd, untouched, words):
+    action, *rest = (word.format(ck=checkpoint) for word in words)
+    fork = multiprocessing.get_context("fork")
+    answer, reply = fork.Pipe(duplex=False)
+    arguments = ([action, str(checkpoint), str(tmp_path / "out"), *rest], reply)
+    child = fork.Process(target=with_small_file_limit, args=arguments, daemon=True)
+    child.start()
+    assert answer.poll(60) and answer.recv() == 2
+    child.join()
+    assert "File too large" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_insert_and_merge(checkpoint, data, tmp_path, capsys):
@@ -134,7 +195,7 @@ def test_insert_and_merge(checkpoint, data, tmp_path, capsys):
     transplanted = tmp_path / "transplanted"
     words = ["--attention", "1", "--transplant", str(grown), "--statistics", str(use)]
     assert run(main, ["insert", str(checkpoint), str(transplanted), *words]) == 2
-    assert "statistics are of another model" in capsys.readouterr().err
+    assert "statistics of another checkpoint" in capsys.readouterr().err
     # Modules of another history do not average; a checkpoint with itself does.
     average = tmp_path / "average"
     assert run(main, ["merge", str(checkpoint), str(average), "--with", str(back)]) == 2
@@ -161,9 +222,8 @@ def test_insert_and_merge(checkpoint, data, tmp_path, capsys):
         (["merge", "--with", "{ck}", "--tasks", "1", "2", "3"], "1 tuned checkpoints and 3 scales"),
     ],
 )
-def test_mistakes_of_insert_and_merge(checkpoint, tmp_path, capsys, arguments, message):
+def test_mistakes_of_insert_and_merge(checkpoint, tmp_path, capsys, untouched, arguments, message):
     action, *rest = (argument.format(tmp=tmp_path, ck=checkpoint) for argument in arguments)
-    before = sorted(path.name for path in tmp_path.iterdir())
     assert run(main, [action, str(checkpoint), str(tmp_path / "out"), *rest]) == 2
     assert message in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert not (tmp_path / "out").exists()
