@@ -15,39 +15,20 @@ from torch import nn
 from torch.nn import functional as F
 
 from megamf.compress.documents import check_ids, padded_batches
+from megamf.compress.neurons import layers_of
 from megamf.errors import UserError
 
-# model_type -> the list of blocks. Models of other types may well be built alike, but were not looked at.
-BLOCKS = {
-    "gpt_neox": "gpt_neox.layers",
-    "llama": "model.layers",
-    "mistral": "model.layers",
-    "moduleformer": "transformer.h",
-    "qwen2": "model.layers",
-}
 # Configuration lists with one entry a layer.
 PER_LAYER = ("layer_types", "n_att_experts_per_layer", "n_mlp_experts_per_layer")
-
-
-def model_blocks(model: nn.Module) -> nn.ModuleList:
-    """The blocks of a causal language model, in order. Raises UserError, naming what is supported, for other models."""
-    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    try:
-        return model.get_submodule(BLOCKS[kind])
-    except (KeyError, AttributeError):
-        raise UserError(
-            f"{type(model).__name__} (model_type {kind!r}) is not supported: causal language models of the types "
-            f"{', '.join(BLOCKS)} are"
-        ) from None
 
 
 @torch.no_grad()
 def block_influence(model: nn.Module, tokens: Sequence[torch.Tensor], *, batch: int = 4) -> torch.Tensor:
     """float64 [layers]: mean over all tokens of 1 - cos(input, output) of every block.
 
-    Where a hidden state is zero its cosine counts as 0. Cosines are taken in float32, float64 for float64 models.
+    Where a hidden state is zero the cosine counts as 0. Cosines are taken in float32, float64 for float64 models.
     """
-    blocks = model_blocks(model)
+    blocks = layers_of(model)
     check_ids(model, tokens)
     device = next(model.parameters()).device
     sums = torch.zeros(len(blocks), dtype=torch.float64)
@@ -79,7 +60,7 @@ def block_influence(model: nn.Module, tokens: Sequence[torch.Tensor], *, batch: 
 
 def block_sizes(model: nn.Module) -> list[int]:
     """The parameters of every block."""
-    return [sum(p.numel() for p in block.parameters()) for block in model_blocks(model)]
+    return [sum(p.numel() for p in block.parameters()) for block in layers_of(model)]
 
 
 def choose_layers(scores: Sequence[float], sizes: Sequence[int], target: float) -> list[int]:
@@ -103,14 +84,14 @@ def remove_layers(model: nn.Module, layers: Iterable[int]) -> nn.Module:
 
     Raises UserError for indices that do not exist and where no block would be left.
     """
-    count, gone = len(model_blocks(model)), set(layers)
+    count, gone = len(layers_of(model)), set(layers)
     if outside := sorted(i for i in gone if not 0 <= i < count):
         raise UserError(f"layer {outside[0]} does not exist: the model has layers 0 to {count - 1}")
     if len(gone) == count:
         raise UserError(f"all {count} layers would go: at least one must stay")
     kept = [i for i in range(count) if i not in gone]
     small = copy.deepcopy(model)
-    blocks = model_blocks(small)
+    blocks = layers_of(small)
     for index in sorted(gone, reverse=True):
         del blocks[index]
     for index, block in enumerate(blocks):

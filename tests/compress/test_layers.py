@@ -13,7 +13,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from megamf.compress.layers import block_influence, block_sizes, choose_layers, model_blocks, remove_layers
+from megamf.compress.layers import block_influence, block_sizes, choose_layers, remove_layers
+from megamf.compress.neurons import layers_of
 from megamf.errors import UserError
 from megamf.hf.modeling import ModuleFormerForCausalLM
 from megamf.hf.portable.configuration_moduleformer import ModuleFormerConfig
@@ -65,7 +66,7 @@ def final_norm(model):
 
 def test_influence_is_one_minus_the_mean_cosine_over_tokens(model):
     influence = block_influence(model, TOKENS, batch=3)
-    assert model.training and not any(block._forward_hooks for block in model_blocks(model))
+    assert model.training and not any(block._forward_hooks for block in layers_of(model))
     model.eval()
     model.set_submodule(final_norm(model), nn.Identity())  # the last hidden state is then that of the last block
     total, count = torch.zeros(4, dtype=torch.float64), 0
@@ -92,7 +93,7 @@ def test_removed_layers_are_skipped_saved_and_generate(model, tmp_path):
     # A block of which nothing is added to its input is as good as none.
     whole = {name: value.clone() for name, value in model.state_dict().items()}
     for index in (1, 2):
-        block = model_blocks(model)[index]
+        block = layers_of(model)[index]
         for name, parameter in block.named_parameters():
             if any(part in name for part in ("o_proj", "down_proj", "dense", "output_experts")):
                 parameter.data.zero_()
@@ -137,5 +138,5 @@ def test_bad_requests_are_refused(model):
 
 def test_other_models_are_refused_with_the_list_of_what_is_supported():
     config = T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
-    with pytest.raises(UserError, match=r"model_type 't5'.* gpt_neox, llama"):
-        model_blocks(T5ForConditionalGeneration(config))
+    with pytest.raises(UserError, match=r"model_type 't5'.* llama, .*gpt_neox"):
+        block_influence(T5ForConditionalGeneration(config), TOKENS)
