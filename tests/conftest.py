@@ -16,13 +16,24 @@ from megamf.checkpoint import module_table, save
 from megamf.data.indexed import IndexedWriter, Metadata
 from megamf.parallel.launch import free_port
 
+# Rooms whose tests share a session's fixture (a Slurm cluster, a compiled emulator), and where the longest ones are.
+WHOLE_ROOMS = ("slurm", "faults", "cuda")
+FIRST = ("slurm", "parity", "faults", "kernels", "cuda")
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped, with the reason, where there is no CUDA device."""
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped, with the reason, where there is no CUDA device. With several workers (`-n`) a
+    file stays with one of them, some rooms as a whole, and the longest begin."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none"))
+    if config.pluginmanager.hasplugin("xdist"):
+        tests = Path(__file__).parent
+        rooms = {item: item.path.relative_to(tests).parts[0] for item in items}
+        for item, room in rooms.items():
+            item.add_marker(pytest.mark.xdist_group(room if room in WHOLE_ROOMS else str(item.path)))
+        items.sort(key=lambda item: FIRST.index(rooms[item]) if rooms[item] in FIRST else len(FIRST))
 
 
 @pytest.fixture(scope="session", autouse=True)

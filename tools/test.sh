@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Install, build, lint and test, on a fresh machine too. Arguments go to pytest: bash tools/test.sh tests/ops -x
+# MEGAMF_TEST_WORKERS tests run at one time (2); tests compute with one thread, some start up to four processes.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/install.sh"
 
@@ -30,4 +31,4 @@ say "ruff"
 ruff check .
 ruff format --check .
 say "pytest"
-exec python -m pytest -rs "$@"
+exec python -m pytest -rs -n "${MEGAMF_TEST_WORKERS:-2}" --dist loadgroup "$@"
