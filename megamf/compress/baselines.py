@@ -8,8 +8,9 @@
 * `layers`: the blocks with the lowest influence (ShortGPT, `megamf.compress.layers`).
 * `slicing`: a narrower residual stream (SliceGPT, `megamf.compress.slicing`).
 
-The ratio is the share of the model's prunable parameters, the matrices of its attention and feed-forward layers, by
-which its number of parameters falls. Layers and widths are whole numbers: what was reached is reported.
+The ratio is by how much the number of parameters falls, as a share of those of all neurons (in `neuron_groups`: the
+matrices of attention and feed-forward layers) or of all parameters. Layers and widths are whole numbers: what was
+reached is reported.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from megamf.compress.cus_prune import OF
 from megamf.compress.documents import IGNORED, check_ids, padded_batches, token_windows
 from megamf.compress.layers import block_influence, block_sizes, choose_layers, remove_layers
 from megamf.compress.neurons import NeuronGroup, choose, layers_of, neuron_groups, neuron_sums, prunable_parameters
@@ -35,7 +37,7 @@ METHODS = (*NEURON_METHODS, "layers", "slicing")
 
 @dataclass(frozen=True)
 class Pruned:
-    """A smaller model. `reached`: by how much of the `prunable` parameters it is smaller; `ratio`: what was asked.
+    """A smaller model. `reached`: by what share of `whole` parameters it is smaller; `ratio`: what was asked.
 
     `detail`: what went, for a report: {"neurons": {kind: number}}, {"layers": [index], "influence": [of all layers]}
     or {"width": dimensions left}.
@@ -45,7 +47,7 @@ class Pruned:
     method: str
     ratio: float
     reached: float
-    prunable: int
+    whole: int
     detail: dict[str, Any]
 
 
@@ -56,6 +58,7 @@ def prune_baseline(
     ratio: float,
     *,
     seed: int = 0,
+    of: str = "prunable",
     attention: str = "neurons",
     experts: str = "neurons",
     budget: str = "layer",
@@ -66,22 +69,26 @@ def prune_baseline(
 ) -> Pruned:
     """A smaller copy of `model` by one of METHODS; `tokens` are calibration documents of token ids.
 
+    `of`: what the ratio is a share of: the parameters of all neurons (`prunable`), or of the model (`all`).
     `attention`, `experts`: which neurons there are (`neuron_groups`); `budget`: the same share from every group
-    (`layer`) or one threshold (`global`); `protect`: how many of the first and of the last layers lose no neuron: these
-    and `seed` matter to the methods of neurons only. `multiple`: sizes are multiples of it, of the stream too.
-    `length`: of the windows of tokens that slicing is fitted on. Raises UserError for an unknown method, a ratio
+    (`layer`) or one threshold (`global`); `protect`: how many of the first and of the last layers lose no neuron:
+    `budget`, `protect` and `seed` matter to the methods of neurons only. `multiple`: sizes are multiples of it, of the
+    stream too. `length`: of the windows of tokens that slicing is fitted on. Raises UserError for an unknown method, a ratio
     outside [0, 1) or that leaves nothing, and models that the method does not support.
     """
     if method not in METHODS:
         raise UserError(f"method {method!r} is not one of {', '.join(METHODS)}")
     if not 0 <= ratio < 1:
         raise UserError(f"ratio={ratio} is outside [0, 1): it is the share of parameters that goes")
-    prunable = prunable_parameters(neuron_groups(model))
+    if of not in OF:
+        raise UserError(f"of={of!r} is not one of {', '.join(OF)}")
+    every = neuron_groups(model, attention=attention, experts=experts)
     before = count_parameters(model)
+    whole = before if of == "all" else prunable_parameters(every)
     if method in NEURON_METHODS:
-        groups = unprotected(model, neuron_groups(model, attention=attention, experts=experts), protect)
+        groups = unprotected(model, every, protect)
         scores = neuron_scores(method, model, tokens, groups, seed, batch)
-        keep = choose(scores, groups, ratio, budget, multiple, of=prunable)
+        keep = choose(scores, groups, ratio, budget, multiple, of=whole)
         small = remove_neurons(model, keep)
         gone: dict[str, int] = {}
         for group, mask in keep.items():
@@ -89,16 +96,16 @@ def prune_baseline(
         detail: dict[str, Any] = {"neurons": gone}
     elif method == "layers":
         influence = block_influence(model, tokens, batch=batch)
-        layers = choose_layers(influence.tolist(), block_sizes(model), ratio * prunable)
+        layers = choose_layers(influence.tolist(), block_sizes(model), ratio * whole)
         small = remove_layers(model, layers)
         detail = {"layers": layers, "influence": influence.tolist()}
     else:
-        width = width_for(sliced_config(model, 1), before - round(ratio * prunable), multiple)
+        width = width_for(sliced_config(model, 1), before - round(ratio * whole), multiple)
         end = getattr(model.config, "eos_token_id", None)
         windows_UT = token_windows(tokens, length, end if isinstance(end, int) else None)
         small = slice_model(model, windows_UT, width, batch=batch)
         detail = {"width": width}
-    return Pruned(small, method, ratio, (before - count_parameters(small)) / prunable, prunable, detail)
+    return Pruned(small, method, ratio, (before - count_parameters(small)) / whole, whole, detail)
 
 
 def neuron_scores(

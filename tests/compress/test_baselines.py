@@ -116,7 +116,7 @@ def test_all_methods_reach_the_same_ratio_and_leave_the_model_alone(model):
     for method in methods:
         pruned = prune_baseline(method, model, TOKENS, 0.4, seed=3, length=13)
         sizes = [sum(p.numel() for p in m.parameters()) for m in (model, pruned.model)]
-        assert pruned.reached == pytest.approx((sizes[0] - sizes[1]) / pruned.prunable)
+        assert pruned.reached == pytest.approx((sizes[0] - sizes[1]) / pruned.whole)
         # The nearest whole number of neurons, layers or dimensions of a tiny model.
         assert pruned.reached == pytest.approx(0.4, abs=0.06), method
         assert mean_loss(pruned.model, TOKENS) != loss
@@ -142,11 +142,24 @@ def test_protected_layers_lose_nothing():
         prune_baseline("random", model, TOKENS, 0.5, protect=(2, 2))
 
 
+def test_the_ratio_can_be_a_share_of_all_parameters_or_of_some_neurons():
+    torch.manual_seed(0)
+    model = llama()
+    total = sum(p.numel() for p in model.parameters())
+    for method in METHODS:
+        pruned = prune_baseline(method, model, TOKENS, 0.2, of="all", length=13)
+        assert pruned.whole == total and pruned.reached == pytest.approx(0.2, abs=0.09), method
+        pruned = prune_baseline(method, model, TOKENS, 0.5, attention="none", length=13)
+        assert pruned.whole == 5 * 3 * 16 * 24 and pruned.reached == pytest.approx(0.5, abs=0.17), method
+
+
 def test_bad_requests_are_refused():
     torch.manual_seed(0)
     model = llama()
     with pytest.raises(UserError, match="method 'best' is not one of random, magnitude, gradient, layers, slicing"):
         prune_baseline("best", model, TOKENS, 0.2)
+    with pytest.raises(UserError, match="of='some' is not one of prunable, all"):
+        prune_baseline("layers", model, TOKENS, 0.2, of="some")
     for method in METHODS:
         with pytest.raises(UserError, match=r"ratio=1.0 is outside \[0, 1\)"):
             prune_baseline(method, model, TOKENS, 1.0)
