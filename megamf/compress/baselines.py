@@ -71,10 +71,10 @@ def prune_baseline(
 
     `of`: what the ratio is a share of: the parameters of all neurons (`prunable`), or of the model (`all`).
     `attention`, `experts`: which neurons there are (`neuron_groups`); `budget`: the same share from every group
-    (`layer`) or one threshold (`global`); `protect`: how many of the first and of the last layers lose no neuron:
+    (`layer`) or one threshold (`global`); `protect`: how many of the first and of the last layers lose no neuron.
     `budget`, `protect` and `seed` matter to the methods of neurons only. `multiple`: sizes are multiples of it, of the
-    stream too. `length`: of the windows of tokens that slicing is fitted on. Raises UserError for an unknown method, a ratio
-    outside [0, 1) or that leaves nothing, and models that the method does not support.
+    stream too. `length`: of the windows of tokens that slicing is fitted on. Raises UserError for an unknown method, a
+    ratio outside [0, 1) or that leaves nothing, and models that the method does not support.
     """
     if method not in METHODS:
         raise UserError(f"method {method!r} is not one of {', '.join(METHODS)}")
