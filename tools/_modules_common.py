@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from rich.console import Console
+
 from megamf.checkpoint import Checkpoint
 from megamf.data.tokenizer import load_tokenizer
 from megamf.errors import UserError
@@ -12,6 +14,7 @@ from megamf.modularity.statistics import Statistics, collect, read_statistics
 from megamf.tools._models import device_of, positive, progress
 
 BATCH = 8
+TABLE_WIDTH = 116
 
 
 def data_options(parser: argparse.ArgumentParser, *, required: bool, nargs: str | None, windows: bool = True) -> None:
@@ -43,6 +46,13 @@ def watch(args: argparse.Namespace, model, seq_len: int, prefix: str) -> Statist
         return collect(
             model, prefix, seq_len=seq_len, batch=args.batch or BATCH, max_batches=args.max_batches, on_batch=advance
         )
+
+
+def wide_console() -> Console:
+    """Of a width in which the tables of these jobs lose no digit, whatever the terminal's."""
+    console = Console(soft_wrap=True)
+    console.width = max(console.width, TABLE_WIDTH)
+    return console
 
 
 def refuse_without_data(args: argparse.Namespace, *more: str) -> None:

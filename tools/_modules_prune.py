@@ -4,7 +4,6 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from megamf.checkpoint import Checkpoint, list_steps
@@ -16,7 +15,15 @@ from megamf.modularity import pictures, prune
 from megamf.modularity.edit import Kept, find_modules, model_of, module_counts, rearrange
 from megamf.modularity.statistics import Statistics
 from megamf.tools._models import add_model_options, progress, refuse_unwritable, write_json
-from megamf.tools._modules_common import BATCH, data_options, load, one_dataset, refuse_without_data, watch
+from megamf.tools._modules_common import (
+    BATCH,
+    data_options,
+    load,
+    one_dataset,
+    refuse_without_data,
+    watch,
+    wide_console,
+)
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -142,7 +149,7 @@ def _prune_curve(args: argparse.Namespace, config, choose, settings: list[float]
 
     itemsize = DTYPES[args.dtype].itemsize
     points = prune.curve(config, settings, choose, loss, itemsize=itemsize, seq_len=seq_len)
-    Console(soft_wrap=True).print(_curve_table(points, "tau" if args.tau else "share" if args.share else "modules"))
+    wide_console().print(_curve_table(points, "tau" if args.tau else "share" if args.share else "modules"))
     write_json(args.json, {"by": args.by, "data": args.data, "points": [asdict(item) for item in points]})
     if args.picture is not None:
         pictures.pruning_curves({args.by: points}, args.picture)

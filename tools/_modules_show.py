@@ -3,7 +3,6 @@
 import argparse
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from megamf.checkpoint import Checkpoint
@@ -12,7 +11,7 @@ from megamf.modularity import pictures
 from megamf.modularity.similarity import closest_pairs, similarity
 from megamf.modularity.statistics import Statistics, fingerprint, summary
 from megamf.tools._models import add_model_options, progress, refuse_unwritable, write_json
-from megamf.tools._modules_common import data_options, load, watch
+from megamf.tools._modules_common import data_options, load, watch, wide_console
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +31,7 @@ def show(args: argparse.Namespace) -> int:
     statistics = [watch(args, model, seq_len, prefix) for prefix in args.data]
     tree = {"checkpoint": str(args.checkpoint), "manifest": _fingerprint(args.checkpoint)}
     tree["statistics"] = [item.model_dump() for item in statistics]
-    console = Console(soft_wrap=True)
+    console = wide_console()
     for item in statistics:
         console.print(_use_table(item))
     if args.duplicates is not None:
@@ -59,11 +58,13 @@ def _fingerprint(path: Path) -> str | None:
 
 
 def _use_table(statistics: Statistics) -> Table:
-    title = f"{statistics.data}: {statistics.tokens:,} tokens"
+    title = (
+        f"{statistics.data}: {statistics.tokens:,} tokens. f: share of tokens that chose a module; < x %: share of "
+        "modules below x % of the largest f; H and mutual information (MI) in nats"
+    )
     table = Table(title=title, title_justify="left")
     columns = (
-        "layer", "kind", "modules", "largest f", "smallest f", "< 0.3 % of largest", "< 3 %", "< 30 %",
-        "H(m)", "H(m|x)", "mutual information",
+        "layer", "kind", "modules", "largest f", "smallest f", "< 0.3 %", "< 3 %", "< 30 %", "H(m)", "H(m|x)", "MI",
     )  # fmt: skip
     for column in columns:
         table.add_column(column, justify="left" if column == "kind" else "right")
