@@ -93,8 +93,9 @@ def check_backends(config: RunConfig, process: Process) -> None:
     """Raises UserError for a backend that does not run on this process's device."""
     attention, experts = config.attention.backend, config.experts.backend
     compiled = backend.compiled(process.device)
-    backend.choose("stickbreaking_attention", attention, process.device, stickbreaking.IMPLEMENTATIONS, compiled)
-    if config.model.kind != "dense":
+    if config.model.kind != "gpt_neox":
+        backend.choose("stickbreaking_attention", attention, process.device, stickbreaking.IMPLEMENTATIONS, compiled)
+    if config.model.sparse:
         backend.choose("grouped_linear", experts, process.device, grouped_linear.IMPLEMENTATIONS, "torch")
 
 

@@ -1,7 +1,7 @@
-"""Write a checkpoint as a Hugging Face folder in the public ModuleFormer layout.
+"""Write a checkpoint as a Hugging Face folder: the public ModuleFormer layout, or GPT-NeoX for a model of that kind.
 
 The folder holds safetensors with the public names, config.json, generation_config.json, tokenizer files, a model card,
-and two Python files that load it with trust_remote_code. It appears whole or not at all.
+and, of a ModuleFormer, two Python files that load it with trust_remote_code. It appears whole or not at all.
 """
 
 import argparse

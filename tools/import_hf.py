@@ -1,7 +1,7 @@
-"""Turn a Hugging Face folder in the public ModuleFormer layout into a checkpoint.
+"""Turn a Hugging Face folder, ModuleFormer in the public layout or GPT-NeoX (Pythia), into a checkpoint.
 
 Weights only, as stored: `megamf evaluate` and `megamf generate` read it, `checkpoint.init_from=OUT` starts a training
-run from it. Pickled weights (.bin) are never read.
+run from it. Pickled weights (.bin) are read only where --pickled-weights asks for them.
 """
 
 import argparse
@@ -16,7 +16,7 @@ def main(argv: list[str] | None = None) -> int:
     """Import and print the directory."""
     args = _parser().parse_args(argv)
     with progress("importing") as advance:
-        step = import_hf(args.folder, args.out, on_tensor=advance)
+        step = import_hf(args.folder, args.out, pickled=args.pickled_weights, on_tensor=advance)
     print(step)
     return 0
 
@@ -25,6 +25,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="megamf import-hf", description=__doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="config.json and model.safetensors or its shards")
     parser.add_argument("out", type=Path, metavar="OUT", help="directory that will hold step-00000000 and latest")
+    parser.add_argument(
+        "--pickled-weights",
+        action="store_true",
+        help="read pytorch_model.bin or its shards, where there are no safetensors: tensors only, anything else is refused",
+    )
     return parser
 
 

@@ -372,7 +372,7 @@ def broadcast(value: Any) -> Any:
 
 def _fresh_modules(config: RunConfig) -> list[Module]:
     model = config.model
-    if model.kind == "dense":
+    if not model.sparse:
         return []
     attention, mlp = ([model.num_experts(i, kind) for i in range(model.n_layer)] for kind in ("attention", "mlp"))
     return module_table(model.n_layer, attention, mlp)

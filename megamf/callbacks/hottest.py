@@ -24,7 +24,7 @@ def hottest_rank(trainer: "Trainer") -> dict[str, int]:
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
     rows, memory = (int(peak) for peak in peaks.tolist())
     found = {"hottest_rank_memory": memory}
-    return found if trainer.config.model.kind == "dense" else {"hottest_rank_rows": rows} | found
+    return found if not trainer.config.model.sparse else {"hottest_rank_rows": rows} | found
 
 
 def take_peak_rows(trainer: "Trainer") -> int:

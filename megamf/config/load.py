@@ -66,7 +66,7 @@ def _of_checkpoint(model: ModelConfig, given: Any, replaced: set[str], origin: s
     ]
     if differing:
         raise ConfigError("the model of the checkpoint is another one:\n" + "\n".join(differing))
-    return model.model_dump(mode="json", exclude_unset=model.kind == "dense") | given
+    return model.model_dump(mode="json", exclude_unset=not model.sparse) | given
 
 
 def validate(tree: dict[str, Any]) -> RunConfig:
@@ -112,9 +112,9 @@ def dump(config: RunConfig) -> str:
 def to_tree(config: RunConfig) -> dict[str, Any]:
     """The configuration as plain JSON types; expert fields of a dense model are left out."""
     tree = config.model_dump(mode="json")
-    if config.model.kind == "dense":
+    if not config.model.sparse:
         given = config.model.model_dump(mode="json", exclude_unset=True)
-        tree["model"] = {"kind": "dense", **given}
+        tree["model"] = {"kind": config.model.kind, **given}
     return tree
 
 

@@ -8,16 +8,20 @@ from megamf.config.base import Section
 
 Activation = Literal["gelu_new", "gelu", "relu", "silu"]
 GateType = Literal["mlp", "linear", "gmm"]
+NEOX_FIELDS = ("parallel_residual", "rotary_fraction", "rotary_base")
 
 
 class ModelConfig(Section):
-    """Sizes and switches of a ModuleFormer (`kind: moduleformer`) or of its dense baseline (`kind: dense`).
+    """Sizes and switches of a ModuleFormer (`kind: moduleformer`) or of a dense baseline: its own (`kind: dense`), or
+    GPT-NeoX with softmax attention and rotary positions (`kind: gpt_neox`, the family of the Pythia models).
 
-    Defaults are those of the released MoLM-350M-4B. For `kind: dense` the expert fields (`n_att_experts`,
-    `n_mlp_experts`, `k_att`, `k_mlp`, `gate_type`, `gating_size`, `sample_topk`, `moe_pdrop`) must not be set.
+    Defaults are those of the released MoLM-350M-4B. For dense kinds the expert fields (`n_att_experts`,
+    `n_mlp_experts`, `k_att`, `k_mlp`, `gate_type`, `gating_size`, `sample_topk`, `moe_pdrop`) must not be set. The
+    fields of GPT-NeoX (`parallel_residual`, `rotary_fraction`, `rotary_base`) must all be given for it, and for no
+    other kind; its attention is as wide as the model.
     """
 
-    kind: Literal["moduleformer", "dense"] = "moduleformer"
+    kind: Literal["moduleformer", "dense", "gpt_neox"] = "moduleformer"
     vocab_size: PositiveInt = 50295
     n_layer: PositiveInt = 24
     n_embd: PositiveInt = 1024
@@ -49,6 +53,24 @@ class ModelConfig(Section):
     )
     bos_token_id: int | None = 50256
     eos_token_id: int | None = 50256
+    parallel_residual: bool | None = Field(
+        None, description="gpt_neox: attention and MLP both read the block's input; false: one after the other"
+    )
+    rotary_fraction: float | None = Field(
+        None, gt=0, le=1, description="gpt_neox: share of a head's channels that turn with the position"
+    )
+    rotary_base: float | None = Field(None, gt=1, description="gpt_neox: base of the angular frequencies")
+
+    @property
+    def sparse(self) -> bool:
+        """Whether there are experts, and routers that choose among them."""
+        return self.kind == "moduleformer"
+
+    @property
+    def rotary_channels(self) -> int:
+        """Channels of a head that turn with the position, of a GPT-NeoX: an even number."""
+        assert self.rotary_fraction is not None
+        return int(self.head_dim * self.rotary_fraction)
 
     @property
     def head_dim(self) -> int:
@@ -58,7 +80,7 @@ class ModelConfig(Section):
     @property
     def shares_kv(self) -> bool:
         """True where K = V = the normalised input (identity projections), as in all released models."""
-        return self.kind == "moduleformer" and self.att_hidden == self.n_embd and self.n_head == 1
+        return self.sparse and self.att_hidden == self.n_embd and self.n_head == 1
 
     def num_experts(self, layer: int, kind: str) -> int:
         """Experts of one layer; kind: `attention` or `mlp`. Raises ValueError for another kind."""
@@ -84,7 +106,8 @@ class ModelConfig(Section):
     def _consistent(self) -> "ModelConfig":
         if self.att_hidden % self.n_head:
             raise ValueError(f"att_hidden={self.att_hidden} is not divisible by n_head={self.n_head}")
-        if self.kind == "dense":
+        self._check_neox()
+        if not self.sparse:
             expert_fields = {
                 "n_att_experts", "n_mlp_experts", "k_att", "k_mlp",
                 "n_att_experts_per_layer", "n_mlp_experts_per_layer",
@@ -92,7 +115,7 @@ class ModelConfig(Section):
             }  # fmt: skip
             given = sorted(expert_fields & self.model_fields_set)
             if given:
-                raise ValueError(f"kind=dense has no experts, but these were set: {', '.join(given)}")
+                raise ValueError(f"kind={self.kind} has no experts, but these were set: {', '.join(given)}")
             return self
         for kind, k, num_experts in (
             ("att", self.k_att, self.n_att_experts),
@@ -104,6 +127,24 @@ class ModelConfig(Section):
                 raise ValueError(f"sample_topk={self.sample_topk} is larger than k_{kind}={k}")
             self._check_layers(kind, k, num_experts)
         return self
+
+    def _check_neox(self) -> None:
+        fields = {name: getattr(self, name) for name in NEOX_FIELDS}
+        if self.kind != "gpt_neox":
+            given = [f"{name}={value}" for name, value in fields.items() if value is not None]
+            if given:
+                raise ValueError(f"kind={self.kind} is no GPT-NeoX, but these were set: {', '.join(given)}")
+            return
+        missing = [name for name, value in fields.items() if value is None]
+        if missing:
+            raise ValueError(f"kind=gpt_neox needs {', '.join(missing)}")
+        if self.att_hidden != self.n_embd:
+            raise ValueError(f"kind=gpt_neox has att_hidden equal to n_embd={self.n_embd}, not {self.att_hidden}")
+        if self.rotary_channels < 2 or self.rotary_channels % 2:
+            raise ValueError(
+                f"rotary_fraction={self.rotary_fraction} of {self.head_dim} head channels is {self.rotary_channels}: "
+                "channels turn in pairs"
+            )
 
     def _check_layers(self, kind: str, k: int, largest: int) -> None:
         name = f"n_{kind}_experts"

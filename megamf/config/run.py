@@ -220,9 +220,14 @@ class Parallel(Section):
         if num_ranks % self.ep:
             raise ValueError(f"world size {num_ranks} is not divisible by parallel.ep={self.ep}")
         self.data_ranks(num_ranks)
-        if model.kind == "dense":
+        if model.kind == "gpt_neox" and self.context > 1:
+            raise ValueError(
+                f"parallel.context={self.context} splits sequences for stick-breaking attention, model.kind=gpt_neox "
+                "has softmax attention: use parallel.context=1"
+            )
+        if not model.sparse:
             if self.ep > 1:
-                raise ValueError(f"parallel.ep={self.ep} needs experts, but model.kind=dense has none")
+                raise ValueError(f"parallel.ep={self.ep} needs experts, but model.kind={model.kind} has none")
             return
         for layer in range(model.n_layer):
             for kind in ("attention", "mlp"):
@@ -336,8 +341,10 @@ class RunConfig(Section):
             return self
         if self.tune.strategy == "lora":
             return self._adapts_what_there_is()
-        if self.model.kind == "dense":
-            raise ValueError(f"tune.strategy={self.tune.strategy} needs experts, but model.kind=dense has none")
+        if not self.model.sparse:
+            raise ValueError(
+                f"tune.strategy={self.tune.strategy} needs experts, but model.kind={self.model.kind} has none"
+            )
         if self.parallel.ep > 1:
             raise ValueError(
                 f"tune.strategy={self.tune.strategy} needs parallel.ep=1, not {self.parallel.ep}: inserted modules "
@@ -365,6 +372,22 @@ class RunConfig(Section):
             raise ValueError(
                 f"tune.lora_rank={self.tune.lora_rank} is no low rank of matrices whose smaller side is {least}: "
                 "use tune.strategy=full"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _computes_what_there_is(self) -> "RunConfig":
+        if self.model.kind != "gpt_neox":
+            return self
+        for key, value, only in (
+            ("attention.backend", self.attention.backend, "auto"),
+            ("experts.backend", self.experts.backend, "auto"),
+        ):
+            if value != only:
+                raise ValueError(f"{key}={value} has no effect on model.kind=gpt_neox: leave it at {only}")
+        if self.train.activation_checkpointing == "experts":
+            raise ValueError(
+                "train.activation_checkpointing=experts needs experts, but model.kind=gpt_neox has none: use full"
             )
         return self
 

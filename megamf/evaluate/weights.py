@@ -13,7 +13,7 @@ from megamf.config import ModelConfig
 from megamf.errors import UserError
 from megamf.model import ModuleFormer
 
-MODEL_TYPE = "moduleformer"
+MODEL_TYPES = ("moduleformer", "gpt_neox")
 
 
 class Weights(Protocol):
@@ -53,12 +53,12 @@ def open_weights(path: Path | str, dtype: torch.dtype | None = None) -> Weights:
 
 
 def is_public_folder(path: Path) -> bool:
-    """True for a folder with a `config.json` of a ModuleFormer."""
+    """True for a folder with a `config.json` of a ModuleFormer or a GPT-NeoX."""
     try:
         tree = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(tree, dict) and tree.get("model_type") == MODEL_TYPE
+    return isinstance(tree, dict) and tree.get("model_type") in MODEL_TYPES
 
 
 def trained_length(path: Path | str) -> int:

@@ -5,10 +5,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from megamf.config import ModelConfig
+from megamf.config.model import NEOX_FIELDS
 from megamf.errors import UserError
 from megamf.hf.portable.configuration_moduleformer import ModuleFormerConfig
 
-SHARED_FIELDS = tuple(name for name in ModelConfig.model_fields if name != "kind")
+SHARED_FIELDS = tuple(name for name in ModelConfig.model_fields if name not in ("kind", *NEOX_FIELDS))
 # Only in models whose layers differ.
 PER_LAYER = ("n_att_experts_per_layer", "n_mlp_experts_per_layer")
 
@@ -33,7 +34,7 @@ def to_public(model: ModelConfig, *, aux_loss_type: str = "mi", aux_loss_weight:
     Raises UserError for a dense baseline, which the public layout cannot express.
     """
     if model.kind != "moduleformer":
-        raise UserError(f"a model of kind={model.kind} has no public layout; only kind=moduleformer can be exported")
+        raise UserError(f"a model of kind={model.kind} is no ModuleFormer: the public layout cannot express it")
     fields = {name: getattr(model, name) for name in SHARED_FIELDS}
     fields = {name: value for name, value in fields.items() if not (name in PER_LAYER and value is None)}
     fields |= UNREAD_FIELDS

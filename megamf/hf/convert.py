@@ -16,15 +16,18 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from transformers import GPTNeoXForCausalLM
 
 from megamf.checkpoint import WEIGHTS, check_space, expert_name, full_name, list_steps, module_table, save
+from megamf.config import ModelConfig
 from megamf.errors import UserError
 from megamf.evaluate.load import load_model
 from megamf.evaluate.weights import CheckpointWeights, is_public_folder
+from megamf.hf import gpt_neox
 from megamf.hf.card import model_card
 from megamf.hf.configuration import to_public
-from megamf.hf.folder import FolderWeights
-from megamf.hf.layout import BUFFER, Entry, mask_buffer, plan_shards, public_entries, public_shapes, shard_names
+from megamf.hf.folder import FolderWeights, parameter_shapes
+from megamf.hf.layout import BUFFER, Entry, mask_buffer, plan_shards, public_entries, shard_names
 from megamf.hf.streaming import INDEX, write_file
 from megamf.hf.tokenizer import TokenizerReport, export_tokenizer
 
@@ -72,12 +75,11 @@ def export_hf(
     out = Path(out)
     with CheckpointWeights(Path(checkpoint), dtype) as weights:
         _refuse_existing(out, overwrite, weights.path)
-        shapes = public_shapes(weights.model) if weights.model.kind == "moduleformer" else {}
-        public = to_public(weights.model, **_aux_loss(weights.checkpoint.state))
+        model = weights.model
+        shapes = parameter_shapes(model)
+        public = _config(model, weights.checkpoint.state, buffers)
         weights.check(shapes)
-        entries = public_entries(
-            weights.model, {name: dtype or weights.dtype(name) for name in shapes}, buffers=buffers
-        )
+        entries, own = _entries(model, {name: dtype or weights.dtype(name) for name in shapes}, buffers)
         total = sum(entry.num_bytes for entry in entries)
         check_space(out, total)
         main_dtype = str(entries[0].dtype).removeprefix("torch.")
@@ -88,16 +90,16 @@ def export_hf(
         try:
             report = None
             if tokenizer is not None:
-                report = export_tokenizer(Path(tokenizer), part, weights.model.vocab_size)
+                report = export_tokenizer(Path(tokenizer), part, model.vocab_size)
                 public |= {"bos_token_id": report.bos_id, "eos_token_id": report.eod_id}
-            _write_weights(part, weights, shards, names, total, on_tensor)
-            public |= {"architectures": [ARCHITECTURE], "auto_map": AUTO_MAP, "torch_dtype": main_dtype}
+            _write_weights(part, lambda entry: weights.read(own[entry.name]), shards, names, total, on_tensor)
+            public |= {"torch_dtype": main_dtype}
             _write_json(part / "config.json", dict(sorted(public.items())))
             _write_json(part / "generation_config.json", _generation(public))
-            for file in PORTABLE:
+            for file in PORTABLE if model.sparse else ():
                 text = (resources.files("megamf.hf.portable") / file).read_text(encoding="utf-8")
                 (part / file).write_text(text, encoding="utf-8")
-            card = model_card(out.name, weights.model, weights.checkpoint.state, main_dtype, report)
+            card = model_card(out.name, model, weights.checkpoint.state, main_dtype, report)
             (part / "README.md").write_text(card, encoding="utf-8")
             _replace(part, out)
         except BaseException:
@@ -107,9 +109,27 @@ def export_hf(
     return ExportReport(out, main_dtype, len(entries), parameters, total, names, report)
 
 
+def _config(model: ModelConfig, state: dict[str, Any], buffers: bool) -> dict[str, Any]:
+    """config.json but for what depends on the files."""
+    if model.kind == "gpt_neox":
+        if buffers:
+            raise UserError("the constant masks are those of released ModuleFormer files; a GPT-NeoX has none")
+        return gpt_neox.to_public(model) | {"architectures": [gpt_neox.ARCHITECTURE]}
+    return to_public(model, **_aux_loss(state)) | {"architectures": [ARCHITECTURE], "auto_map": AUTO_MAP}
+
+
+def _entries(model: ModelConfig, dtypes: dict[str, torch.dtype], buffers: bool) -> tuple[list[Entry], dict[str, str]]:
+    """The tensors of the files in their order, and megamf's name of each but of the constant masks."""
+    if model.kind != "gpt_neox":
+        return public_entries(model, dtypes, buffers=buffers), {name: name for name in dtypes}
+    own = {gpt_neox.public_name(name): name for name in dtypes}
+    shapes = parameter_shapes(model)
+    return [Entry(name, shapes[ours], dtypes[ours]) for name, ours in own.items()], own
+
+
 def _write_weights(
     part: Path,
-    weights: CheckpointWeights,
+    read: Callable[[Entry], torch.Tensor],
     shards: list[list[Entry]],
     names: list[str],
     total: int,
@@ -119,7 +139,7 @@ def _write_weights(
 
     def get(entry: Entry) -> torch.Tensor:
         nonlocal done
-        tensor = mask_buffer(entry) if BUFFER.fullmatch(entry.name) else weights.read(entry.name).to(entry.dtype)
+        tensor = mask_buffer(entry) if BUFFER.fullmatch(entry.name) else read(entry).to(entry.dtype)
         done += entry.num_bytes
         if on_tensor is not None:
             on_tensor(done, total)
@@ -132,18 +152,25 @@ def _write_weights(
         _write_json(part / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(of.items()))})
 
 
-def import_hf(folder: Path | str, out: Path | str, *, on_tensor: Callable[[int, int], None] | None = None) -> Path:
-    """Write a public-layout folder (safetensors) as a megamf checkpoint of step 0 below `out`; weights only, as stored.
+def import_hf(
+    folder: Path | str,
+    out: Path | str,
+    *,
+    pickled: bool = False,
+    on_tensor: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Write a public-layout or GPT-NeoX folder as a megamf checkpoint of step 0 below `out`; weights only, as stored.
 
     Returns the step directory: `megamf evaluate` reads it, `checkpoint.init_from` starts a run from it.
-    `on_tensor(done, total)` counts tensors. Raises UserError for pickled weights, tensors that are missing, unknown
-    or of another shape than config.json describes, and an `out` that already holds checkpoints.
+    `pickled`: read pytorch_model.bin, whole or in shards, in place of safetensors. `on_tensor(done, total)` counts
+    tensors. Raises UserError for pickled weights not asked for, tensors that are missing, unknown or of another shape
+    than config.json describes, and an `out` that already holds checkpoints.
     """
     folder, out = Path(folder), Path(out)
     if list_steps(out):
         raise UserError(f"{out} already holds checkpoints: name another folder")
-    with FolderWeights(folder) as weights:
-        shapes = public_shapes(weights.model)
+    with FolderWeights(folder, pickled=pickled) as weights:
+        shapes = parameter_shapes(weights.model)
         weights.check(shapes)
 
         def tensors() -> Iterator[tuple[str, torch.Tensor]]:
@@ -162,25 +189,35 @@ def import_hf(folder: Path | str, out: Path | str, *, on_tensor: Callable[[int, 
             "step": 0,
             "consumed_tokens": 0,
             "origin": {"format": "public ModuleFormer layout", "name": folder.resolve().name},
-            "losses": {"balance": weights.config.aux_loss_type, "balance_weight": weights.config.aux_loss_weight},
         }
-        modules = module_table(
-            model.n_layer,
-            model.n_att_experts_per_layer or model.n_att_experts,
-            model.n_mlp_experts_per_layer or model.n_mlp_experts,
-        )
-        tree = model.model_dump(mode="json")
+        modules = []
+        if weights.config is None:
+            state["origin"]["format"] = "GPT-NeoX layout"
+        else:
+            loss = weights.config
+            state["losses"] = {"balance": loss.aux_loss_type, "balance_weight": loss.aux_loss_weight}
+            modules = module_table(
+                model.n_layer,
+                model.n_att_experts_per_layer or model.n_att_experts,
+                model.n_mlp_experts_per_layer or model.n_mlp_experts,
+            )
+        tree = model.model_dump(mode="json", exclude_unset=not model.sparse)
         return save(out, 0, tensors(), state, modules, tree, run_id=uuid.uuid4().hex)
 
 
 def max_logit_difference(checkpoint: Path | str, folder: Path | str, tokens: int = 64, seed: int = 0) -> float:
     """Largest absolute difference of logits, in float32, between the checkpoint and the exported folder.
 
-    The checkpoint runs in megamf, rounded to the folder's dtype first; the folder in its own modelling file. The
-    input is one batch of two rows of random tokens, one of them padded on the left.
+    The checkpoint runs in megamf, rounded to the folder's dtype first; the folder in its own modelling file, or in
+    transformers where that has the model. The input is one batch of two rows of random tokens, one of them padded on
+    the left; padding itself is not compared.
     """
-    with _classes_of(Path(folder)) as module:
-        exported = getattr(module, ARCHITECTURE).from_pretrained(folder, dtype="auto")
+    folder = Path(folder)
+    if all((folder / file).is_file() for file in PORTABLE):
+        with _classes_of(folder) as module:
+            exported = getattr(module, ARCHITECTURE).from_pretrained(folder, dtype="auto")
+    else:
+        exported = GPTNeoXForCausalLM.from_pretrained(folder, dtype="auto")
     stored = exported.dtype
     exported = exported.float().eval()
     model, config = load_model(checkpoint, stored)
@@ -191,7 +228,7 @@ def max_logit_difference(checkpoint: Path | str, folder: Path | str, tokens: int
     with torch.no_grad():
         theirs = exported(input_ids=input_BT, attention_mask=mask_BT).logits
         ours = model.logits(model(input_BT, key_mask_BS=mask_BT.bool()).hidden_BTD)
-    return (ours - theirs).abs().max().item()
+    return (ours - theirs)[mask_BT.bool()].abs().max().item()
 
 
 @contextmanager

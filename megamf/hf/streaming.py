@@ -2,7 +2,7 @@
 
 import json
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -33,41 +33,53 @@ def write_file(path: Path, entries: Sequence[Entry], get: Callable[[Entry], torc
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file of a public-layout folder: `model.safetensors`, or shards with their index.
+    """Tensor name -> safetensors file of a folder: `model.safetensors`, or shards with their index.
 
-    Raises UserError for a folder without safetensors (pickled weights are never read), a damaged or incomplete
-    index, and an index that disagrees with its files.
+    Raises UserError for a folder without safetensors (pickled weights are read by `megamf.hf.pickled` alone), a damaged
+    or incomplete index, an index that disagrees with its files, and more weights than one of the two names.
     """
     folder = Path(folder)
-    index = folder / INDEX
+    single, index = folder / SINGLE, folder / INDEX
+    if single.is_file() and index.is_file():
+        raise UserError(f"{folder} holds both {SINGLE} and {INDEX}: remove the one that is not meant")
     if index.is_file():
-        return _from_index(index)
-    if (folder / SINGLE).is_file():
-        return dict.fromkeys(_names(folder / SINGLE), folder / SINGLE)
+        found = from_index(index, ".safetensors", _names)
+    elif single.is_file():
+        found = dict.fromkeys(_names(single), single)
+    else:
+        raise UserError(_nothing_in(folder))
+    unused = sorted({path.name for path in folder.glob("model*.safetensors")} - {path.name for path in found.values()})
+    if unused and found:
+        raise UserError(f"{folder} holds {unused[0]}, which neither is {SINGLE} nor is named by {INDEX}: remove it")
+    return found
+
+
+def _nothing_in(folder: Path) -> str:
     pickles = sorted(path.name for path in folder.glob("*.bin"))
     if pickles:
-        raise UserError(
-            f"{folder} holds pickled weights only ({', '.join(pickles[:3])}), which can run code when opened and are "
-            "never read here. Convert them where you trust them: load with torch.load(FILE, weights_only=True) and "
-            "write with safetensors.torch.save_file(TENSORS, 'model.safetensors', {'format': 'pt'})"
+        return (
+            f"{folder} holds pickled weights only ({', '.join(pickles[:3])}). A pickle can run code when it is opened, "
+            "so they are left alone unless asked for by name: megamf import-hf --pickled-weights reads tensors of "
+            "them, and refuses whatever else they hold"
         )
-    raise UserError(f"{folder} holds no {SINGLE} and no {INDEX}")
+    return f"{folder} holds no {SINGLE} and no {INDEX}"
 
 
-def _from_index(index: Path) -> dict[str, Path]:
+def from_index(index: Path, suffix: str, names_in: Callable[[Path], Iterable[str]]) -> dict[str, Path]:
+    """Tensor name -> shard, where the index and what `names_in` finds in each shard agree; UserError where not."""
     try:
         listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = {str(name): str(file) for name, file in listed.items()}
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{index} is not the index of safetensors shards: {error!r}") from None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{index} is not the index of {suffix} shards: {error!r}") from None
     found: dict[str, Path] = {}
     for file in sorted(set(files.values())):
         path = index.parent / file
-        if not is_plain_file_name(file) or not file.endswith(".safetensors"):
-            raise UserError(f"{index} names the file {file!r}, which is no .safetensors file of this folder")
+        if not is_plain_file_name(file) or not file.endswith(suffix):
+            raise UserError(f"{index} names the file {file!r}, which is no {suffix} file of this folder")
         if not path.is_file():
             raise UserError(f"{index} names {file}, which is missing")
-        names = set(_names(path))
+        names = set(names_in(path))
         said = {name for name, of in files.items() if of == file}
         if names != said:
             raise UserError(f"{index} and {file} disagree, first about {min(names ^ said)}")
@@ -93,3 +105,19 @@ def tensor_shape(path: Path, name: str) -> tuple[int, ...]:
     """The shape of one tensor, from the header alone."""
     with safe_open(path, "pt") as file:
         return tuple(file.get_slice(name).get_shape())
+
+
+class SafeTensors:
+    """The tensors of a folder of safetensors by name; a file is open only while one of them is read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.files = tensor_files(folder)
+
+    def names(self) -> Iterable[str]:
+        return self.files
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tensor_shape(self.files[name], name)
+
+    def read(self, name: str) -> torch.Tensor:
+        return read_tensor(self.files[name], name)

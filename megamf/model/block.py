@@ -29,14 +29,13 @@ class Block(nn.Module):
         attention_dispatcher: Dispatcher | None = None,
     ) -> None:
         super().__init__()
-        dense = config.kind == "dense"
         self.ln_1 = backends.layer_norm(config.n_embd, config.layer_norm_epsilon)
-        if dense:
+        if not config.sparse:
             self.attn = DenseAttention(config, backends, context)
         else:
             self.attn = ExpertAttention(config, attention_dispatcher or dispatcher, backends, context)
         self.ln_2 = backends.layer_norm(config.n_embd, config.layer_norm_epsilon)
-        self.mlpf = DenseMlp(config) if dense else ExpertMlp(config, dispatcher, backends)
+        self.mlpf = ExpertMlp(config, dispatcher, backends) if config.sparse else DenseMlp(config)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
     def forward(

@@ -1,4 +1,4 @@
-"""The ModuleFormer: embedding, blocks, final norm, and an untied head; also its dense baseline.
+"""The ModuleFormer: embedding, blocks, final norm, and an untied head; also its dense baselines.
 
 Shapes: B batch, T query time, S key time, D width, V vocabulary.
 Parameter names are exactly those of the public checkpoints (without their mask buffers).
@@ -16,6 +16,7 @@ from megamf.model.block import Block
 from megamf.model.cache import Cache
 from megamf.model.context import Context, LocalContext
 from megamf.model.dispatch import Dispatcher, LocalDispatcher
+from megamf.model.gpt_neox import GptNeoxBlock
 from megamf.model.losses import cross_entropy_sum
 from megamf.model.mlp import ExpertMlp
 from megamf.model.router import RouterStats
@@ -29,7 +30,7 @@ class Output(NamedTuple):
 
 
 class Backbone(nn.Module):
-    """Everything but the head: `wte`, `h`, `ln_f`. There is no positional encoding."""
+    """Everything but the head: `wte`, `h`, `ln_f`. There is no positional encoding, save in GPT-NeoX blocks."""
 
     def __init__(
         self,
@@ -45,10 +46,13 @@ class Backbone(nn.Module):
         dispatcher, self.context = dispatcher or LocalDispatcher(), context or LocalContext()
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.embedding_dropout = nn.Dropout(config.embd_pdrop)
-        self.h = nn.ModuleList(
-            Block(config.of_layer(i), dispatcher, backends, self.context, attention_dispatcher=attention_dispatcher)
-            for i in range(config.n_layer)
-        )
+        if config.kind == "gpt_neox":
+            self.h = nn.ModuleList(GptNeoxBlock(config, backends) for _ in range(config.n_layer))
+        else:
+            self.h = nn.ModuleList(
+                Block(config.of_layer(i), dispatcher, backends, self.context, attention_dispatcher=attention_dispatcher)
+                for i in range(config.n_layer)
+            )
         self.ln_f = backends.layer_norm(config.n_embd, config.layer_norm_epsilon)
         self.recompute_blocks = False
 

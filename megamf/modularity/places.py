@@ -42,8 +42,8 @@ class Place:
 
 def places(model: ModelConfig) -> Iterator[Place]:
     """Every place, layer by layer, attention before MLP. Raises UserError for a model without modules."""
-    if model.kind == "dense":
-        raise UserError("a dense model (kind=dense) has no modules")
+    if not model.sparse:
+        raise UserError(f"a dense model (kind={model.kind}) has no modules")
     for layer in range(model.n_layer):
         for kind in KINDS:
             yield Place(layer, kind)

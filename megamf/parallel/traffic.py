@@ -32,7 +32,7 @@ def attention_expert_bytes(config: RunConfig, num_ranks: int) -> Traffic:
     forward pass.
     """
     model, train, ranks = config.model, config.train, config.parallel.ep
-    if model.kind == "dense" or ranks == 1:
+    if not model.sparse or ranks == 1:
         return Traffic(0, 0)
     accumulation = config.accumulation_steps(num_ranks)
     value_bytes = 2 if train.precision == "bf16" else 4

@@ -79,7 +79,7 @@ def deepspeed_config(config: RunConfig, num_ranks: int) -> dict[str, Any]:
             f"{config.deepspeed} has stage 0: use deepspeed=zero1"
         )
     _check_zero(filled["zero_optimization"], config)
-    if stage == 3 and config.parallel.ep > 1 and config.model.kind != "dense":
+    if stage == 3 and config.parallel.ep > 1 and config.model.sparse:
         _autoep_layer()
     if stage == 3 and config.tune.strategy == "lora":
         raise ConfigError(

@@ -15,7 +15,8 @@ class ParameterCounts:
 
     `active_experts` counts the K experts of each kind that one token uses (for a dense model: all of them).
     `matmul_extra` are the weight matrices besides experts and `head` that every token is multiplied with
-    (router matrices, key and value projections, without biases).
+    (router matrices, key and value projections, without biases). `norms` holds the biases of a GPT-NeoX but those of
+    its keys and values.
     """
 
     embedding: int
@@ -51,10 +52,12 @@ class ParameterCounts:
 def count_parameters(model: ModelConfig) -> ParameterCounts:
     """The parameter counts of `model`, equal to those of the built module."""
     layers, width, attention, hidden = model.n_layer, model.n_embd, model.att_hidden, model.ffd_hidden
+    # GPT-NeoX has biases everywhere: of queries, of both output projections, of the hidden values.
+    biases = 2 * width + attention + hidden if model.kind == "gpt_neox" else 0
     per_attention, per_mlp = 2 * width * attention, 2 * width * hidden
     key_value_matrices = 0 if model.shares_kv else 2 * width * attention
     key_value_biases = 0 if model.shares_kv else 2 * attention
-    if model.kind == "dense":
+    if not model.sparse:
         active = per_attention + per_mlp
         experts = layers * active
         router_matrices = router_rest = 0
@@ -69,7 +72,7 @@ def count_parameters(model: ModelConfig) -> ParameterCounts:
     return ParameterCounts(
         embedding=model.vocab_size * width,
         head=model.vocab_size * width,
-        norms=layers * 4 * width + 2 * width,
+        norms=layers * (4 * width + biases) + 2 * width,
         routers=router_matrices + router_rest,
         key_value=layers * (key_value_matrices + key_value_biases),
         experts=experts,
@@ -89,7 +92,7 @@ def train_flops_per_token(model: ModelConfig, seq_len: int) -> int:
     boundaries are ignored, as if every row were one document, and keys that a kernel passes over because the
     stick is used up count like any other: MFU is then higher than the device's real utilisation.
     """
-    top_k = 1 if model.kind == "dense" else model.k_att
+    top_k = model.k_att if model.sparse else 1
     attention = 6 * model.n_layer * top_k * model.att_hidden * (seq_len + 1)
     return 6 * count_parameters(model).active_matmul + attention
 

@@ -75,7 +75,7 @@ class Job:
     @property
     def sparse(self) -> bool:
         """Whether there are experts."""
-        return self.model.kind != "dense"
+        return self.model.sparse
 
     @property
     def value_bytes(self) -> int:

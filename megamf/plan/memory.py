@@ -98,8 +98,10 @@ def layer_activations(model: ModelConfig, tokens: int, value_bytes: int, *, imba
     (3 N E). `imbalance` scales the rows that experts work on, not those that tokens keep.
     """
     width, attention, hidden = model.n_embd, model.att_hidden, model.ffd_hidden
-    if model.kind == "dense":
-        kept = tokens * ((4 * width + 4 * attention) * value_bytes + 4 * model.n_head)
+    if not model.sparse:
+        # Queries and keys that have turned are saved beside what they were a part of.
+        turned = 2 * attention if model.kind == "gpt_neox" else 0
+        kept = tokens * ((4 * width + 4 * attention + turned) * value_bytes + 4 * model.n_head)
         return kept, tokens * 2 * hidden * value_bytes
     key_value = 0 if model.shares_kv else 2 * attention
     by_token = 4 * width + key_value + model.k_att * (attention + width) + model.k_mlp * width

@@ -1,9 +1,10 @@
 """Portions, layouts and derived sizes."""
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
-from megamf.config import ConfigError, ModelConfig, RunConfig, load_config
+from megamf.config import ConfigError, ModelConfig, RunConfig, dump, load_config, validate
 from megamf.config.run import Parallel
 
 
@@ -111,3 +112,48 @@ def test_a_layer_is_built_from_its_own_numbers():
     assert even.of_layer(3) is even
     with pytest.raises(ValueError, match="neither attention nor mlp"):
         config.num_experts(0, "dense")
+
+
+NEOX = {
+    "kind": "gpt_neox", "vocab_size": 50, "n_layer": 1, "n_embd": 32, "n_head": 2, "att_hidden": 32, "ffd_hidden": 64,
+    "parallel_residual": True, "rotary_fraction": 0.25, "rotary_base": 10000.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rotary_base": None}, "kind=gpt_neox needs rotary_base"),
+        ({"att_hidden": 64}, "att_hidden equal to n_embd=32, not 64"),
+        ({"rotary_fraction": 0.2}, "0.2 of 16 head channels is 3: channels turn in pairs"),
+        ({"rotary_fraction": 0.01}, "0.01 of 16 head channels is 0"),
+        ({"k_mlp": 2}, "kind=gpt_neox has no experts, but these were set: k_mlp"),
+        ({"kind": "dense"}, "kind=dense is no GPT-NeoX, but these were set: parallel_residual=True"),
+        ({"kind": "moduleformer"}, "kind=moduleformer is no GPT-NeoX"),
+    ],
+)
+def test_gpt_neox_fields(changes, message):
+    assert not ModelConfig(**NEOX).sparse and ModelConfig(**NEOX).rotary_channels == 4
+    with pytest.raises(ValueError, match=message):
+        ModelConfig(**{**NEOX, **changes})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["attention.backend=naive"], "attention.backend=naive has no effect on model.kind=gpt_neox"),
+        (["experts.backend=loop"], "experts.backend=loop has no effect"),
+        (["train.activation_checkpointing=experts"], "needs experts, but model.kind=gpt_neox has none"),
+        (["tune.strategy=inserted"], "tune.strategy=inserted needs experts, but model.kind=gpt_neox has none"),
+        (["tune.strategy=router_rows"], "tune.strategy=router_rows needs experts"),
+    ],
+)
+def test_gpt_neox_runs(overrides, message):
+    model = [f"model.{name}={value}" for name, value in NEOX.items()]
+    config = load_config(overrides=model)
+    assert validate(yaml.safe_load(dump(config))).model == config.model
+    for wrong, count in ((Parallel(ep=2), 2), (Parallel(context=2), 2)):
+        with pytest.raises(ValueError, match="gpt_neox has"):
+            wrong.check(count, config.model)
+    with pytest.raises(ConfigError, match=message):
+        load_config(overrides=[*model, *overrides])

@@ -92,3 +92,31 @@ def test_mfu():
     assert mfu(1000.0, 2e9, 4e12) == pytest.approx(0.5)
     with pytest.raises(ValueError, match="must be positive, not 0"):
         mfu(1.0, 1.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("layers", "width", "heads", "vocab", "total"),
+    [
+        (6, 512, 8, 50304, 70_426_624),
+        (12, 768, 12, 50304, 162_322_944),
+        (24, 1024, 16, 50304, 405_334_016),
+        (16, 2048, 8, 50304, 1_011_781_632),
+        (24, 2048, 16, 50304, 1_414_647_808),
+        (32, 2560, 32, 50304, 2_775_208_960),
+    ],
+)
+def test_pythia_models_have_their_published_sizes(layers, width, heads, vocab, total):
+    model = ModelConfig(
+        kind="gpt_neox", vocab_size=vocab, n_layer=layers, n_embd=width, n_head=heads, att_hidden=width,
+        ffd_hidden=4 * width, parallel_residual=True, rotary_fraction=0.25, rotary_base=10000,
+    )  # fmt: skip
+    counts = count_parameters(model)
+    assert counts.total == total
+    with torch.device("meta"):
+        built = ModuleFormer(model)
+    parameters = dict(built.named_parameters())
+    assert sum(p.numel() for p in parameters.values()) == total
+    assert counts.active_matmul == sum(p.numel() for n, p in parameters.items() if p.dim() == 2 and "wte" not in n)
+    assert counts.active == total - vocab * width
+    # Products of all queries with the keys up to them, and of the weights with the values: as wide as the model.
+    assert train_flops_per_token(model, 99) == 6 * counts.active_matmul + 6 * layers * width * 100
