@@ -28,7 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--pickled-weights",
         action="store_true",
-        help="read pytorch_model.bin or its shards, where there are no safetensors: tensors only, anything else is refused",
+        help="read pytorch_model.bin or its shards, where there are no safetensors; what is no tensor is refused",
     )
     return parser
 
