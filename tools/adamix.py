@@ -35,9 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     task, examples, valid = _data(args, loading.load_tokenizer(args.model), earlier)
 
     torch.manual_seed(args.seed)
-    base = loading.load_base(
-        args.model, args.task, task.labels, task.tokenizer, task.pad_id, DTYPES[args.dtype], device
-    )
+    base = loading.load_base(args.model, task, DTYPES[args.dtype], device)
     head = adamix.head_names(base, args.task)
     record: dict[str, Any] = {
         "base": {
@@ -114,6 +112,9 @@ def _config(args: argparse.Namespace) -> Any:
         if getattr(args, name) is not None:
             given[name] = tuple(part for part in getattr(args, name).split(",") if part)
     if given.get("method") == "full":
+        for name in ("rank", "share"):
+            if name in given:
+                raise UserError(f"--{name} {given[name]} has no effect with --method full: leave it out")
         given.setdefault("modules", 1)
     return AdamixConfig(**given)
 

@@ -1,6 +1,7 @@
 """Base models for adaptation: any Hugging Face folder with safetensors, exports of this project among them."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -11,8 +12,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 import megamf.hf  # noqa: F401  (registers the ModuleFormer classes)
+from megamf.adapt.adamix import head_names
 from megamf.adapt.tasks import Task
 from megamf.errors import UserError
 
@@ -36,20 +39,19 @@ def load_base(
     tokenizer with ids outside of the model's vocabulary.
     """
     _check_folder(folder)
-    options = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
+    options = {"dtype": dtype, "use_safetensors": True, "local_files_only": True, "output_loading_info": True}
     try:
         if task.kind == "generation":
-            model = AutoModelForCausalLM.from_pretrained(folder, **options)
+            model, report = AutoModelForCausalLM.from_pretrained(folder, **options)
         else:
             if task.kind == "classification":
                 options["id2label"] = dict(enumerate(task.labels))
                 options["label2id"] = {name: index for index, name in enumerate(task.labels)}
             number = len(task.labels) if task.kind == "classification" else 1
-            model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=number, **options)
+            model, report = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=number, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{folder} cannot be loaded for {task.kind}: {_first_line(error)}") from None
-    if task.kind == "generation" and not model.can_generate():
-        raise UserError(f"{folder} holds a {model.config.model_type!r}, which does not generate text: name a decoder")
+    _check_loaded(folder, task, model, report["missing_keys"])
     vocab = model.get_input_embeddings().weight.shape[0]
     if len(task.tokenizer) > vocab:
         raise UserError(
@@ -57,6 +59,21 @@ def load_base(
         )
     model.config.pad_token_id = task.pad_id
     return model.to(device)
+
+
+def _check_loaded(folder: Path, task: Task, model: PreTrainedModel, missing: Iterable[str]) -> None:
+    """Raise UserError for a model that sees the future, and for frozen tensors with random values."""
+    kind = model.config.model_type
+    both_ways = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(model.config, "is_decoder", False)
+    if task.kind == "generation" and (both_ways or not model.can_generate()):
+        raise UserError(f"{folder} cannot be loaded for generation: a {kind!r} is an encoder; name a decoder")
+    head = head_names(model, task.kind)
+    random = sorted(name for name in missing if name.split(".")[0] not in head)
+    if random:
+        raise UserError(
+            f"{folder} cannot be loaded for {task.kind}: {len(random)} tensors are not in its files, first "
+            f"{random[0]}; they would be random and stay so"
+        )
 
 
 def _check_folder(folder: Path) -> None:
