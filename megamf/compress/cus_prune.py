@@ -40,7 +40,8 @@ OF = ("prunable", "all")
 class Settings:
     """How much goes, of what, and when a neuron is irrelevant.
 
-    ratio: share of the parameters that goes, `of` the neurons that could go (`prunable`) or of the whole model (`all`).
+    ratio: share of the parameters that goes, `of` the matrices of attention and feed-forward layers (`prunable`, also
+    where `attention` leaves some of them alone) or of the whole model (`all`).
     budget, multiple: see `neurons.choose`. attention, experts: see `neurons.neuron_groups`. share, scale, relative: see
     above. qk_tokens: tokens of a document that queries and keys are measured on.
     """
@@ -149,8 +150,12 @@ def select(
 
 def keep_by(model: nn.Module, scores: Scores, settings: Settings) -> Keep:
     """The neurons that stay when the lowest-scored ones go."""
-    of = model.num_parameters() if settings.of == "all" else None
-    return choose(scores, list(scores), settings.ratio, settings.budget, settings.multiple, of)
+    return choose(scores, list(scores), settings.ratio, settings.budget, settings.multiple, ratio_of(model, settings))
+
+
+def ratio_of(model: nn.Module, settings: Settings) -> int:
+    """The number of parameters that the ratio is a share of."""
+    return model.num_parameters() if settings.of == "all" else prunable_parameters(neuron_groups(model))
 
 
 def describe(model: nn.Module, selection: Selection, settings: Settings) -> dict[str, Any]:
@@ -159,7 +164,7 @@ def describe(model: nn.Module, selection: Selection, settings: Settings) -> dict
     `irrelevant`: how many neurons each dimension alone has below the threshold that was found (of value or of rank).
     """
     keep, groups = selection.keep, list(selection.keep)
-    whole = model.num_parameters() if settings.of == "all" else prunable_parameters(groups)
+    whole = ratio_of(model, settings)
     gone = {group: ~mask for group, mask in keep.items()}
     threshold = max((selection.scores[g][gone[g]].max().item() for g in groups if gone[g].any()), default=0.0)
     each = {n: s if settings.scale == "value" else ranks(s) for n, s in selection.dimensions.items()}
@@ -168,7 +173,7 @@ def describe(model: nn.Module, selection: Selection, settings: Settings) -> dict
         "ratio_asked": settings.ratio,
         "ratio_reached": removed_parameters(keep) / whole,
         "parameters": model.num_parameters(),
-        "prunable_parameters": prunable_parameters(groups),
+        "prunable_parameters": prunable_parameters(neuron_groups(model)),
         "removed_parameters": removed_parameters(keep),
         "threshold": threshold,
         "neurons": sum(group.count for group in groups),
