@@ -1,16 +1,21 @@
 """What the actions of `megamf modules` share."""
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 
 from megamf.checkpoint import Checkpoint
+from megamf.config import ModelConfig
 from megamf.data.tokenizer import load_tokenizer
 from megamf.errors import UserError
-from megamf.evaluate.load import DTYPES, check_vocabulary, load_model
-from megamf.evaluate.weights import trained_length
+from megamf.evaluate.load import DTYPES, check_vocabulary
+from megamf.evaluate.weights import open_weights, trained_length
+from megamf.model import ModuleFormer
 from megamf.modularity.statistics import Statistics, collect, read_statistics
+from megamf.modularity.streamed import StreamedModel
 from megamf.tools._models import device_of, positive, progress
 
 BATCH = 8
@@ -32,16 +37,23 @@ def data_options(parser: argparse.ArgumentParser, *, required: bool, nargs: str 
     )
 
 
-def load(args: argparse.Namespace):
+@contextmanager
+def opened(args: argparse.Namespace) -> Iterator[tuple[StreamedModel, int]]:
+    """The model, one block at a time in memory, and the length of windows."""
     device = device_of(args)
-    tokenizer = None if args.tokenizer is None else load_tokenizer(args.tokenizer)
-    model, config = load_model(args.checkpoint, DTYPES[args.dtype], device)
-    if tokenizer is not None:
-        check_vocabulary(tokenizer, config.vocab_size)
-    return model, args.seq_len or trained_length(args.checkpoint)
+    with open_weights(args.checkpoint, DTYPES[args.dtype]) as weights:
+        check_tokenizer(args, weights.model)
+        model = StreamedModel(weights, DTYPES[args.dtype], device)
+        yield model, args.seq_len or trained_length(args.checkpoint)
 
 
-def watch(args: argparse.Namespace, model, seq_len: int, prefix: str) -> Statistics:
+def check_tokenizer(args: argparse.Namespace, model: ModelConfig) -> None:
+    """Raise UserError where --tokenizer is given and makes ids that the model does not know."""
+    if args.tokenizer is not None:
+        check_vocabulary(load_tokenizer(args.tokenizer), model.vocab_size)
+
+
+def watch(args: argparse.Namespace, model: ModuleFormer, seq_len: int, prefix: str) -> Statistics:
     with progress(f"watching modules on {Path(prefix).name}") as advance:
         return collect(
             model, prefix, seq_len=seq_len, batch=args.batch or BATCH, max_batches=args.max_batches, on_batch=advance

@@ -13,7 +13,7 @@ from megamf.modularity import insert
 from megamf.modularity.edit import model_of, module_counts, rearrange
 from megamf.modularity.places import Kind, Place
 from megamf.tools._models import add_model_options, progress
-from megamf.tools._modules_common import data_options, load, one_dataset, refuse_without_data
+from megamf.tools._modules_common import data_options, one_dataset, opened, refuse_without_data
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -62,8 +62,8 @@ def run_insert(args: argparse.Namespace) -> int:
 
         quiet = {}
         if args.rows == "quiet":
-            loaded, seq_len = load(args)
-            quiet = insert.quiet_rows(loaded, args.data, seq_len=seq_len, new=numbers)
+            with opened(args) as (watched, seq_len):
+                quiet = insert.quiet_rows(watched, args.data, seq_len=seq_len, new=numbers)
 
         def row(place: Place, number: int, made: insert.Template) -> torch.Tensor:
             if args.rows == "quiet":

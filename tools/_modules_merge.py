@@ -11,7 +11,7 @@ from megamf.modularity.edit import module_counts, rearrange
 from megamf.modularity.places import top_k
 from megamf.modularity.similarity import similarity
 from megamf.tools._models import add_model_options, progress
-from megamf.tools._modules_common import data_options, load, refuse_without_data, watch
+from megamf.tools._modules_common import data_options, opened, refuse_without_data, watch
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -82,8 +82,7 @@ def _combine(args: argparse.Namespace) -> int:
 
 
 def _duplicates(args: argparse.Namespace) -> int:
-    with Checkpoint(args.checkpoint) as source:
-        model, seq_len = load(args)
+    with Checkpoint(args.checkpoint) as source, opened(args) as (model, seq_len):
         with progress("comparing modules") as advance:
             alike = similarity(model, args.data, seq_len=seq_len, on_place=advance)
         least = {place: top_k(model.config, place.kind) for place in alike}

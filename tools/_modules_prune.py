@@ -8,18 +8,19 @@ from rich.table import Table
 
 from megamf.checkpoint import Checkpoint, list_steps
 from megamf.errors import UserError
-from megamf.evaluate.load import DTYPES
+from megamf.evaluate.load import DTYPES, load_model
 from megamf.evaluate.perplexity import measure
 from megamf.evaluate.weights import trained_length
 from megamf.modularity import pictures, prune
 from megamf.modularity.edit import Kept, find_modules, model_of, module_counts, rearrange
 from megamf.modularity.statistics import Statistics
-from megamf.tools._models import add_model_options, progress, refuse_unwritable, write_json
+from megamf.tools._models import add_model_options, device_of, progress, refuse_unwritable, write_json
 from megamf.tools._modules_common import (
     BATCH,
+    check_tokenizer,
     data_options,
-    load,
     one_dataset,
+    opened,
     refuse_without_data,
     watch,
     wide_console,
@@ -125,14 +126,15 @@ def _statistics_of_use(args: argparse.Namespace, source: Checkpoint) -> Statisti
         return one_dataset(args.statistics, source)
     if args.data is None:
         raise UserError("pruning by use needs --data, or --statistics written by `megamf modules show --json`")
-    model, seq_len = load(args)
-    return watch(args, model, seq_len, args.data)
+    with opened(args) as (model, seq_len):
+        return watch(args, model, seq_len, args.data)
 
 
 def _prune_curve(args: argparse.Namespace, config, choose, settings: list[float]) -> int:
     loss, seq_len = None, args.seq_len or trained_length(args.checkpoint)
     if args.data is not None:
-        model, seq_len = load(args)
+        check_tokenizer(args, config)
+        model, _ = load_model(args.checkpoint, DTYPES[args.dtype], device_of(args))
 
         def loss(keep) -> float:
             small = prune.pruned_model(model, keep)

@@ -11,7 +11,7 @@ from megamf.modularity import pictures
 from megamf.modularity.similarity import closest_pairs, similarity
 from megamf.modularity.statistics import Statistics, fingerprint, summary
 from megamf.tools._models import add_model_options, progress, refuse_unwritable, write_json
-from megamf.tools._modules_common import data_options, load, watch, wide_console
+from megamf.tools._modules_common import data_options, opened, watch, wide_console
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -27,19 +27,21 @@ def show(args: argparse.Namespace) -> int:
         refuse_unwritable(path)
     if args.picture is not None:
         pictures.require_matplotlib()
-    model, seq_len = load(args)
-    statistics = [watch(args, model, seq_len, prefix) for prefix in args.data]
+    with opened(args) as (model, seq_len):
+        statistics = [watch(args, model, seq_len, prefix) for prefix in args.data]
+        alike = {}
+        if args.duplicates is not None:
+            with progress("comparing modules") as advance:
+                alike = similarity(model, args.data[0], seq_len=seq_len, on_place=advance)
     tree = {"checkpoint": str(args.checkpoint), "manifest": _fingerprint(args.checkpoint)}
     tree["statistics"] = [item.model_dump() for item in statistics]
     console = wide_console()
     for item in statistics:
         console.print(_use_table(item))
     if args.duplicates is not None:
-        with progress("comparing modules") as advance:
-            found = similarity(model, args.data[0], seq_len=seq_len, on_place=advance)
         pairs = [
             {"layer": place.layer, "kind": place.kind, "first": i, "second": j, "cosine": cosine}
-            for place, matrix in found.items()
+            for place, matrix in alike.items()
             for i, j, cosine in closest_pairs(matrix, args.duplicates)
         ]
         tree["duplicates"] = pairs

@@ -13,6 +13,7 @@ from megamf.evaluate.perplexity import Windows
 from megamf.model import ModuleFormer
 from megamf.modularity.places import Place, places
 from megamf.modularity.statistics import batches
+from megamf.modularity.streamed import layer_by_layer
 
 
 @torch.no_grad()
@@ -24,14 +25,15 @@ def module_inputs(model: ModuleFormer, prefix: str | Path, seq_len: int, tokens:
         block = model.get_submodule(f"transformer.h.{place.layer}")
         norm = block.ln_1 if place.kind == "attention" else block.ln_2
         hooks.append(norm.register_forward_hook(lambda _, __, out, kept=kept: kept.append(out.flatten(0, 1))))
-    device, count = model.lm_head.weight.device, 0
+    count, plan = 0, []
     try:
         with IndexedDataset(prefix) as dataset:
-            for input_BT, start_BT in batches(Windows(dataset, seq_len), 1, None, model.config.vocab_size):
-                model(input_BT.to(device), start_BT=start_BT.to(device))
-                count += input_BT.numel()
+            for batch in batches(Windows(dataset, seq_len), 1, None, model.config.vocab_size):
+                plan.append(batch)
+                count += batch[0].numel()
                 if count >= tokens:
                     break
+        layer_by_layer(model, plan)
     finally:
         for hook in hooks:
             hook.remove()

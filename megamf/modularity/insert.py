@@ -19,6 +19,7 @@ from megamf.model import ModuleFormer
 from megamf.modularity.edit import Arrangement, Kept, Made, model_of, module_counts
 from megamf.modularity.inputs import module_inputs
 from megamf.modularity.places import PARTS, Kind, Place
+from megamf.modularity.streamed import bring
 
 # A new module's probability that cannot be told from none in float32 (half a unit in the last place is 6e-8).
 QUIET_PROBABILITY = 1e-9
@@ -156,6 +157,7 @@ def quiet_rows(
     for place, x_ND in module_inputs(model, prefix, seq_len, tokens).items():
         if not new[place.kind]:
             continue
+        bring(model, place.layer)
         router = model.get_submodule(f"{place.prefix}.gate")
         h_NG = router.factors(x_ND)[0].double()
         lse_N = router.logits(x_ND).double().logsumexp(-1)

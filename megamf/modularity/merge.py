@@ -19,6 +19,7 @@ from megamf.modularity.edit import Arrangement, Kept, Made, leaving_nothing, mod
 from megamf.modularity.inputs import module_inputs
 from megamf.modularity.places import PARTS, Place
 from megamf.modularity.similarity import closest_pairs
+from megamf.modularity.streamed import bring
 
 
 def combine(
@@ -150,6 +151,7 @@ def merged_rows(
     for place, x_ND in module_inputs(model, prefix, seq_len, tokens).items():
         if place not in groups:
             continue
+        bring(model, place.layer)
         router = model.get_submodule(f"{place.prefix}.gate")
         h_NG = router.factors(x_ND)[0].double()
         logits_NE = router.logits(x_ND).double()

@@ -11,6 +11,7 @@ import torch
 from megamf.model import ModuleFormer
 from megamf.modularity.inputs import module_inputs
 from megamf.modularity.places import Place
+from megamf.modularity.streamed import bring
 
 
 @torch.no_grad()
@@ -26,11 +27,13 @@ def similarity(
 
     An MLP module puts out W2 act(W1 x). Of an attention module both maps are compared, its queries for x and its
     output for the values of x, and the smaller similarity counts: a duplicate must both look and answer alike.
+    In memory at one time are the outputs of one place, E * N * D numbers, and the inputs of all, N * D for each.
     Raises UserError for data without two tokens.
     """
     inputs = module_inputs(model, prefix, seq_len, tokens)
     found = {}
     for done, place in enumerate(inputs, start=1):
+        bring(model, place.layer)
         layer = model.get_submodule(f"transformer.h.{place.layer}")
         x_ND = inputs[place]
         if place.kind == "mlp":

@@ -24,6 +24,7 @@ from megamf.evaluate.perplexity import Windows
 from megamf.model import ModuleFormer
 from megamf.model.router import Routing
 from megamf.modularity.places import Kind, Place, places
+from megamf.modularity.streamed import layer_by_layer
 
 
 class _Strict(BaseModel):
@@ -158,16 +159,15 @@ def collect(
 ) -> Statistics:
     """Run `model` (in evaluation mode) over the indexed dataset PREFIX, windows of `seq_len` as in evaluation.
 
+    All data go through one layer before the next, see `layer_by_layer`; on_batch(done, total) counts batches times
+    layers.
+
     Raises UserError for a model without modules, token ids outside its vocabulary and data without two tokens.
     """
     sums = {place: _Sums.of(model.config.num_experts(place.layer, place.kind)) for place in places(model.config)}
     with IndexedDataset(prefix) as dataset, _watching(model, sums):
         plan = list(batches(Windows(dataset, seq_len), batch, max_batches, model.config.vocab_size))
-        for done, (input_BT, start_BT) in enumerate(plan, start=1):
-            device = model.lm_head.weight.device
-            model(input_BT.to(device), start_BT=start_BT.to(device))
-            if on_batch is not None:
-                on_batch(done, len(plan))
+        layer_by_layer(model, plan, on_batch)
     if not plan:
         raise UserError(f"{prefix} holds fewer than two tokens: nothing to look at")
     return _statistics(str(prefix), sums)
