@@ -144,7 +144,7 @@ def insertion(study: Study, at_once: int) -> None:
         "life-dense-lora-4": ("dense", "nano-dense", new, lora.format(4, 8)),
         "life-dense-lora-32": ("dense", "nano-dense", new, lora.format(32, 64)),
         "joint-full": ("base", "nano", every, ""),
-        "joint-lora-32": ("base", "nano", every, f"{lora.format(32, 64)} tune.embeddings=true"),
+        "joint-lora-32": ("base", "nano", every, f"losses.balance=none {lora.format(32, 64)} tune.embeddings=true"),
         "joint-inserted": ("grown", "nano", every, "tune.strategy=inserted tune.embeddings=true"),
         "joint-dense-full": ("dense", "nano-dense", every, ""),
         "joint-dense-lora-32": ("dense", "nano-dense", every, f"{lora.format(32, 64)} tune.embeddings=true"),
