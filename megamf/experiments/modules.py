@@ -49,13 +49,14 @@ def data(study: Study) -> None:
 
 def _sources(key: str, *names: str) -> str:
     listed = ", ".join(f"{{path: data/{name}}}" for name in names)
-    return f'data.tokenizer=tokenizer.model "data.{key}=[{listed}]"'
+    return f'"data.{key}=[{listed}]"'
 
 
 def base(study: Study) -> None:
     """The two models on Python and English."""
     common = (
-        f"{_sources('train', 'python-train', 'english-train')} {_sources('valid', 'python-valid', 'english-valid')} "
+        f"data.tokenizer=tokenizer.model {_sources('train', 'python-train', 'english-train')} "
+        f"{_sources('valid', 'python-valid', 'english-valid')} "
         "train.global_batch=16 train.micro_batch=8 train.steps=1600 train.eval_every=400 train.eval_batches=16 "
         "optim.warmup_steps=100 checkpoint.every=400"
     )
@@ -80,8 +81,8 @@ def base(study: Study) -> None:
 def _tune(model: str, preset: str, name: str, train: str, settings: str, steps: int) -> str:
     """A run from the weights of `model`; evaluated on all three domains while it runs."""
     return (
-        f"megamf train --preset {preset} --model-from {model} run.dir={name} checkpoint.init_from={model} {train} "
-        f"{_sources('valid', *(f'{domain}-valid' for domain in DOMAINS))} train.steps={steps} train.global_batch=8 "
+        f"megamf train --preset {preset} --model-from {model} run.dir={name} checkpoint.init_from={model} "
+        f"data.tokenizer=tokenizer.model {train} {_sources('valid', *(f'{domain}-valid' for domain in DOMAINS))} train.steps={steps} train.global_batch=8 "
         f"train.micro_batch=8 train.eval_every={steps // 4} train.eval_batches=12 optim.lr=1e-3 optim.min_lr=1e-4 "
         f"optim.warmup_steps=20 checkpoint.every=0 {settings}"
     )
