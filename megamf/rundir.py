@@ -49,8 +49,9 @@ def claim(config: RunConfig, write: bool = True) -> None:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(key, old, new) of every setting that differs and may not."""
-    old, new = _flat(before), _flat(now)
+    """(key, old, new) of every setting that differs and may not. A setting that `before` does not have, because the
+    version that wrote it had none, counts as at its default."""
+    old, new = _flat(to_tree(RunConfig())) | _flat(before), _flat(now)
     keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     return [
         (key, old.get(key), new.get(key)) for key in keys if key not in FREE and key.split(".")[0] not in FREE_SECTIONS

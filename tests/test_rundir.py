@@ -38,3 +38,13 @@ def test_unwritable_directory(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"run\.dir=.*cannot be written"):
         check_writable(tmp_path / "file" / "run")
+
+
+def test_a_run_of_a_version_without_a_setting_goes_on_while_it_is_at_its_default(tmp_path):
+    claim(config(tmp_path, "optim.beta1=0.8"))
+    tree = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    del tree["tune"], tree["optim"]["clip"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(ConfigError, match=r"optim\.clip: 1\.0 there, 2\.0 now"):
+        claim(config(tmp_path, "optim.beta1=0.8", "optim.clip=2"))
+    claim(config(tmp_path, "optim.beta1=0.8"))

@@ -80,11 +80,12 @@ def base(study: Study) -> None:
 
 def _tune(model: str, preset: str, name: str, train: str, settings: str, steps: int) -> str:
     """A run from the weights of `model`; evaluated on all three domains while it runs."""
+    valid = _sources("valid", *(f"{domain}-valid" for domain in DOMAINS))
     return (
         f"megamf train --preset {preset} --model-from {model} run.dir={name} checkpoint.init_from={model} "
-        f"data.tokenizer=tokenizer.model {train} {_sources('valid', *(f'{domain}-valid' for domain in DOMAINS))} "
-        f"train.steps={steps} train.global_batch=8 train.micro_batch=8 train.eval_every={steps // 4} train.eval_batches=12 optim.lr=1e-3 optim.min_lr=1e-4 "
-        f"optim.warmup_steps=20 checkpoint.every=0 {settings}"
+        f"data.tokenizer=tokenizer.model {train} {valid} train.steps={steps} train.global_batch=8 train.micro_batch=8 "
+        f"train.eval_every={steps // 4} train.eval_batches=12 optim.lr=1e-3 optim.min_lr=1e-4 optim.warmup_steps=20 "
+        f"checkpoint.every=0 {settings}"
     )
 
 
