@@ -41,6 +41,9 @@ TORCH_LIBRARY(megamf, m) {
   m.def("unpermute_backward(Tensor grad_ND, Tensor y_RD, Tensor order_R, Tensor gate_NK) -> (Tensor, Tensor)");
   m.def("expert_products(Tensor x_RD, Tensor w_LDF, Tensor count_L) -> Tensor");
   m.def("expert_outer_products(Tensor x_RD, Tensor grad_RF, Tensor count_L) -> Tensor");
+  m.def(
+      "expert_ffn(Tensor x_ND, Tensor expert_NK, Tensor gate_EDF, Tensor? up_EDF, Tensor out_EFO, Tensor? gate_bias_EF, "
+      "Tensor? up_bias_EF, Tensor? out_bias_O, Tensor? weight_NK, str activation) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(megamf, CPU, m) {
@@ -59,6 +62,7 @@ TORCH_LIBRARY_IMPL(megamf, CPU, m) {
   m.impl("unpermute_backward", unpermute_backward_cpu);
   m.impl("expert_products", expert_products_cpu);
   m.impl("expert_outer_products", expert_outer_products_cpu);
+  m.impl("expert_ffn", expert_ffn_cpu);
 }
 
 PyMODINIT_FUNC PyInit__C() {

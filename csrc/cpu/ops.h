@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string_view>
 #include <tuple>
 
 namespace megamf {
@@ -25,6 +26,12 @@ void unpermute_into_cpu(const at::Tensor& y_RD, const at::Tensor& order_R, const
                               const std::optional<at::Tensor>& gate_NK, int64_t top_k, const at::Tensor& out_ND);
 std::tuple<at::Tensor, at::Tensor> unpermute_backward_cpu(const at::Tensor& grad_ND, const at::Tensor& y_RD,
                                                           const at::Tensor& order_R, const at::Tensor& gate_NK);
+
+at::Tensor expert_ffn_cpu(const at::Tensor& x_ND, const at::Tensor& expert_NK, const at::Tensor& gate_EDF,
+                          const std::optional<at::Tensor>& up_EDF, const at::Tensor& out_EFO,
+                          const std::optional<at::Tensor>& gate_bias_EF, const std::optional<at::Tensor>& up_bias_EF,
+                          const std::optional<at::Tensor>& out_bias_O, const std::optional<at::Tensor>& weight_NK,
+                          std::string_view activation);
 
 at::Tensor expert_products_cpu(const at::Tensor& x_RD, const at::Tensor& w_LDF, const at::Tensor& count_L);
 at::Tensor expert_outer_products_cpu(const at::Tensor& x_RD, const at::Tensor& grad_RF, const at::Tensor& count_L);

@@ -7,7 +7,7 @@ from pydantic import Field, PositiveInt, model_validator
 from megamf.config.base import Section
 
 Activation = Literal["gelu_new", "gelu", "relu", "silu"]
-GateType = Literal["mlp", "linear", "gmm"]
+GateType = Literal["mlp", "linear", "gmm", "tanh"]
 NEOX_FIELDS = ("parallel_residual", "rotary_fraction", "rotary_base")
 
 

@@ -64,6 +64,9 @@ def _experts(at: str, model: ModelConfig, num_experts: int, hidden: int) -> dict
         shapes[f"{at}.gate.w_gate.3.weight"] = (num_experts, G)
     elif model.gate_type == "linear":
         shapes[f"{at}.gate.w_gate.0.weight"] = (num_experts, D)
+    elif model.gate_type == "tanh":
+        shapes[f"{at}.gate.w_gate.0.weight"] = (G, D)
+        shapes[f"{at}.gate.w_gate.2.weight"] = (num_experts, G)
     else:
         shapes[f"{at}.gate.expert_centroids"] = (num_experts, G)
         shapes[f"{at}.gate.temperature"] = (1,)

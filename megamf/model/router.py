@@ -39,7 +39,8 @@ class Routing(NamedTuple):
 class Router(nn.Module):
     """One router a layer and kind; parameter names are those of the public checkpoints.
 
-    `mlp`: A gelu(B x + b), `linear`: A x, `gmm`: scaled cosine to centroids.
+    `mlp`: A gelu(B x + b), `linear`: A x, `gmm`: scaled cosine to centroids. `tanh`: A tanh(B x / |x|), with gates of 1
+    for the chosen experts: the routers of models that were dense (MoEfication), whose experts are parts of one sum.
     """
 
     def __init__(self, config: ModelConfig, num_experts: int, top_k: int) -> None:
@@ -57,6 +58,12 @@ class Router(nn.Module):
             )
         elif config.gate_type == "linear":
             self.w_gate = nn.Sequential(nn.Linear(config.n_embd, num_experts, bias=False))
+        elif config.gate_type == "tanh":
+            self.w_gate = nn.Sequential(
+                nn.Linear(config.n_embd, config.gating_size, bias=False),
+                nn.Tanh(),
+                nn.Linear(config.gating_size, num_experts, bias=False),
+            )
         else:
             self.w_gate = nn.Linear(config.n_embd, config.gating_size, bias=False)
             self.expert_centroids = nn.Parameter(torch.empty(num_experts, config.gating_size))
@@ -93,7 +100,7 @@ class Router(nn.Module):
         if self.gate_type == "gmm":
             h_NG = F.normalize(promote(self.w_gate(x_ND)), dim=-1) * promote(self.temperature).exp()
             return h_NG, F.normalize(promote(self.expert_rows()), dim=-1)
-        h_NG = x_ND
+        h_NG = F.normalize(promote(x_ND), dim=-1).to(x_ND.dtype) if self.gate_type == "tanh" else x_ND
         for layer in self.w_gate[:-1]:
             h_NG = layer(h_NG)
         return h_NG, self.expert_rows()
@@ -112,7 +119,8 @@ class Router(nn.Module):
             found = route(*self.factors(x_ND), self.top_k)
         tokens = found.gate_NK.new_tensor(x_ND.shape[0])
         stats = RouterStats(found.prob_E, found.entropy, found.logsumexp2, found.count_E, tokens)
-        return Routing(found.expert_NK, found.gate_NK, stats)
+        gate_NK = torch.ones_like(found.gate_NK) if self.gate_type == "tanh" else found.gate_NK
+        return Routing(found.expert_NK, gate_NK, stats)
 
     def choose(self, prob_NE: torch.Tensor) -> torch.Tensor:
         """The k experts of each token in training, int64 [N, K]: the likeliest, and `sample_topk` drawn ones."""

@@ -33,7 +33,12 @@ class Place:
 
     def rows_key(self, model: ModelConfig) -> str:
         """The router's matrix with one row a module: A [E, G] of the `mlp` gate, its likes of the others."""
-        name = {"mlp": "w_gate.3.weight", "linear": "w_gate.0.weight", "gmm": "expert_centroids"}[model.gate_type]
+        name = {
+            "mlp": "w_gate.3.weight",
+            "linear": "w_gate.0.weight",
+            "gmm": "expert_centroids",
+            "tanh": "w_gate.2.weight",
+        }[model.gate_type]
         return f"{self.prefix}.gate.{name}"
 
     def __str__(self) -> str:

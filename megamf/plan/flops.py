@@ -111,4 +111,4 @@ def _router(model: ModelConfig, num_experts: int) -> tuple[int, int]:
         return width * num_experts, 0
     matrices = width * gating + gating * num_experts
     # mlp: the bias of its first layer; gmm: its temperature.
-    return matrices, gating if model.gate_type == "mlp" else 1
+    return matrices, {"mlp": gating, "gmm": 1, "tanh": 0}[model.gate_type]

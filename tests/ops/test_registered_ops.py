@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
+import megamf.ops.expert_ffn
 import megamf.ops.permutation.into
 import megamf.ops.router  # noqa: F401
 from megamf.config import ModelConfig
@@ -52,6 +53,15 @@ def arguments():
         "grouped_linear": (wanted[1], wanted[3], count_E),
         "grouped_linear_grad_w": (y, torch.randn(6, 16), count_E),
         "expert_products": (y, w, count_E),
+        "expert_ffn": (
+            x,
+            torch.tensor([[0, 2], [1, 2], [2, 0]]),
+            w,
+            None,
+            torch.randn(3, 16, 16),
+            *([None] * 4),
+            "relu",
+        ),
         "expert_outer_products": (y, torch.randn(6, 16), count_E),
     }
 

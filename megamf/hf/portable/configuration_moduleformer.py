@@ -10,9 +10,9 @@ class ModuleFormerConfig(PreTrainedConfig):
 
     n_head: heads inside each attention expert. att_hidden: attention width of one expert. ffd_hidden: hidden width
     of one MLP expert. k_att, k_mlp: experts a token uses, of n_att_experts and n_mlp_experts. gate_type: `mlp`,
-    `linear` or `gmm`; gating_size: the router's width. aux_loss_type: `mi` (mutual information) or `switch` (with
-    z-loss); its sum over all routers times aux_loss_weight is added to the loss. sample_topk: how many of the k are
-    drawn at random in training. n_att_experts_per_layer, n_mlp_experts_per_layer: lists, only in models whose
+    `linear`, `gmm` or `tanh`; gating_size: the router's width. aux_loss_type: `mi` (mutual information) or `switch`
+    (with z-loss); its sum over all routers times aux_loss_weight is added to the loss. sample_topk: how many of the k
+    are drawn at random in training. n_att_experts_per_layer, n_mlp_experts_per_layer: lists, only in models whose
     layers differ (n_att_experts and n_mlp_experts are then the largest numbers). block_size, history_length: the
     segments of the original training; neither limits the context. n_ctx: their reach through all layers. Other
     fields of released files are kept as they are.
@@ -122,8 +122,8 @@ class ModuleFormerConfig(PreTrainedConfig):
     def _check(self):
         if self.att_hidden % self.n_head:
             raise ValueError(f"att_hidden={self.att_hidden} is not divisible by n_head={self.n_head}")
-        if self.gate_type not in ("mlp", "linear", "gmm"):
-            raise ValueError(f"gate_type={self.gate_type!r} is not one of mlp, linear, gmm")
+        if self.gate_type not in ("mlp", "linear", "gmm", "tanh"):
+            raise ValueError(f"gate_type={self.gate_type!r} is not one of mlp, linear, gmm, tanh")
         for kind in ("att", "mlp"):
             k, experts = getattr(self, f"k_{kind}"), getattr(self, f"n_{kind}_experts")
             if not 1 <= k <= experts:

@@ -107,6 +107,12 @@ class Router(nn.Module):
             )
         elif config.gate_type == "linear":
             self.w_gate = nn.Sequential(nn.Linear(config.n_embd, num_experts, bias=False))
+        elif config.gate_type == "tanh":
+            self.w_gate = nn.Sequential(
+                nn.Linear(config.n_embd, config.gating_size, bias=False),
+                nn.Tanh(),
+                nn.Linear(config.gating_size, num_experts, bias=False),
+            )
         else:
             self.w_gate = nn.Linear(config.n_embd, config.gating_size, bias=False)
             self.expert_centroids = nn.Parameter(torch.empty(num_experts, config.gating_size))
@@ -119,10 +125,16 @@ class Router(nn.Module):
             centroids_ER = F.normalize(promote(self.expert_centroids), dim=-1)
             logits_NE = promote(self.temperature).exp() * (h_NR @ centroids_ER.t())
         else:
+            if self.gate_type == "tanh":
+                x_ND = F.normalize(promote(x_ND), dim=-1).to(x_ND.dtype)
             logits_NE = F.linear(promote(self.w_gate[:-1](x_ND)), promote(self.w_gate[-1].weight))
         prob_NE = logits_NE.softmax(dim=-1)
         expert_NK = self.choose(prob_NE.detach())
-        return expert_NK, prob_NE.gather(1, expert_NK), self.auxiliary_loss(logits_NE, prob_NE, expert_NK)
+        gate_NK = prob_NE.gather(1, expert_NK)
+        if self.gate_type == "tanh":
+            # The chosen experts are parts of one sum: their outputs are added up as they are.
+            gate_NK = torch.ones_like(gate_NK)
+        return expert_NK, gate_NK, self.auxiliary_loss(logits_NE, prob_NE, expert_NK)
 
     def choose(self, prob_NE):
         """The k experts of each token; in training the last `sample_topk` of them are drawn."""
