@@ -18,7 +18,7 @@ install_megablocks() {
   python -m pip install -q --no-deps --no-build-isolation megablocks==0.10.0 stanford-stk==0.7.1
 }
 
-install_megamf data hf report eval adapt test
+install_megamf data hf report eval adapt moefy test
 once triton triton==3.6.0 "triton, which compiles and interprets the kernels without a GPU" install_triton
 # The tests compare our indexed datasets with this package's; it is no dependency, and its own would replace torch.
 once oracle megatron-core==0.16.1 "megatron-core, an oracle of the tests" install_oracle

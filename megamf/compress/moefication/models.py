@@ -53,7 +53,7 @@ def open_model(path: Path | str, dtype: torch.dtype = torch.float32) -> nn.Modul
     if not (path / "config.json").is_file() or _is_checkpoint(path):
         model, config = load_model(path, dtype)
         if config.kind != "dense":
-            raise UserError(f"{path} is a model of kind={config.kind}: its feed-forward layers are experts already")
+            raise UserError(f"{path} is a model of kind={config.kind}; expected kind=dense, or a Hugging Face folder")
         return DenseBaseline(model).eval()
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
