@@ -69,7 +69,7 @@ def attention_changes(
     )
     sums_E = x_TD.new_zeros(query_EDA.shape[0], dtype=query_EDA.dtype)
     for expert, (index_N, gate_N) in enumerate(routed_rows(routed.gate, x_TD, query_EDA.shape[0])):
-        q_GNC = (_promote(x_TD[index_N]) @ query_EDA[expert]).view(len(index_N), G, -1).transpose(0, 1)
+        q_GNC = (_promote(x_TD[index_N]) @ query_EDA[expert]).unflatten(1, (G, -1)).transpose(0, 1)
         logits_GNT = q_GNC @ keys.transpose(1, 2) * q_GNC.shape[-1] ** -0.5
         o_NGC = (stick_breaking(logits_GNT, index_N) @ values).transpose(0, 1)
         o_NA = o_NGC.flatten(1) * gate_N[:, None]

@@ -138,3 +138,27 @@ def test_bad_documents_are_refused():
     window.config.sliding_window = 8
     with pytest.raises(UserError, match="14 tokens, the model attends to 8"):
         impacts(window, neuron_groups(window), DOCUMENTS)
+
+
+def test_experts_that_no_token_chose_change_nothing():
+    model = molm().eval()
+    document = DOCUMENTS[0][:2]
+    chosen = {}
+    handles = [
+        router.register_forward_hook(lambda m, _, out, name=name: chosen.update({name: set(out[0].flatten().tolist())}))
+        for name, router in model.named_modules()
+        if name.endswith(".gate")
+    ]
+    groups = neuron_groups(model)
+    found = impacts(model, groups, [document])
+    for handle in handles:
+        handle.remove()
+    idle = 0
+    for group in groups:
+        place = "mlpf" if group.kind == "ffn" else "attn.q_proj"
+        if group.expert not in chosen[f"transformer.h.{group.layer}.{place}.gate"]:
+            assert not found.values[group].any(), group
+            idle += 1
+        else:
+            assert found.values[group].any(), group
+    assert idle, "some experts are left out by two tokens"
