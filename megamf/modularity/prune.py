@@ -67,7 +67,9 @@ def keep_above(model: ModelConfig, scores: Scores, tau: float) -> Keep:
 def keep_share(model: ModelConfig, scores: Scores, share: float) -> Keep:
     """Without the lowest-scored modules of the whole model, as many as fit into `share` of its parameters.
 
-    No place is left with fewer than k. Raises UserError for a share outside 0..1 or beyond what can go.
+    They go by rising score until the next one does not fit: what goes at one share goes at every larger one, and no
+    better module goes to fill a small rest. No place is left with fewer than k. Raises UserError for a share outside
+    0..1 or beyond what can go.
     """
     if not 0 <= share < 1:
         raise UserError(f"share={share} is outside [0, 1)")
@@ -85,10 +87,12 @@ def keep_share(model: ModelConfig, scores: Scores, share: float) -> Keep:
     budget = share * total
     order = sorted((value, place, i) for place, values in scores.items() for i, value in enumerate(values))
     for _, place, index in order:
-        size = module_size(model, place.kind)
-        if size <= budget and len(kept[place]) > top_k(model, place.kind):
-            kept[place].remove(index)
-            budget -= size
+        if len(kept[place]) == top_k(model, place.kind):
+            continue
+        budget -= module_size(model, place.kind)
+        if budget < 0:
+            break
+        kept[place].remove(index)
     return kept
 
 
