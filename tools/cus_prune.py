@@ -9,13 +9,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megamf.cli import run
-from megamf.compress import cus_prune
+from megamf.compress import baselines, cus_prune
 from megamf.compress.cus_prune import DIMENSIONS, OF, SCALES, Settings
 from megamf.compress.documents import load_documents, mean_loss, token_documents
-from megamf.compress.folder import load_causal_lm, model_card, refuse_existing, save_folder
+from megamf.compress.folder import code_of, load_causal_lm, model_card, refuse_existing, save_folder
 from megamf.compress.neurons import ATTENTION, EXPERTS
 from megamf.compress.relevance import QK_TOKENS
 from megamf.compress.remove import remove_neurons
@@ -23,13 +21,33 @@ from megamf.errors import UserError
 from megamf.evaluate.load import DTYPES
 from megamf.tools._models import device_of, positive, progress, refuse_unwritable, write_json
 
+METHOD = "cus-prune"
+# Options that only some methods have, by the name of their argument.
+OWN = {
+    "share": (METHOD,),
+    "scale": (METHOD,),
+    "relative": (METHOD,),
+    "qk_tokens": (METHOD,),
+    "budget": (METHOD, *baselines.NEURON_METHODS),
+    "attention": (METHOD, *baselines.NEURON_METHODS),
+    "experts": (METHOD, *baselines.NEURON_METHODS),
+    "multiple": (METHOD, *baselines.NEURON_METHODS, "slicing"),
+    "protect": baselines.NEURON_METHODS,
+    "seed": ("random",),
+}
+
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, choose, remove, write, and say what went."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
     given = {name: getattr(args, name) for name in DIMENSIONS if getattr(args, name)}
     if not given:
         raise UserError(f"give documents for at least one of {', '.join(f'--{name}' for name in DIMENSIONS)}")
+    for name, methods in OWN.items():
+        if args.method not in methods and getattr(args, name) != parser.get_default(name):
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} changes nothing for --method {args.method}, only for {', '.join(methods)}")
     settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
     settings.check()
     refuse_existing(args.out)
@@ -40,48 +58,86 @@ def main(argv: list[str] | None = None) -> int:
     model, tokenizer = load_causal_lm(args.model, dtype=DTYPES.get(args.dtype), device=device)
     tokens = {name: token_documents(rows, tokenizer, args.length) for name, rows in texts.items()}
     probes = {name: token_documents(rows, tokenizer, args.length) for name, rows in measured.items()}
-    with progress("measuring neurons") as advance:
-        selection = cus_prune.select(model, tokens, settings, on_document=advance)
-    report = cus_prune.describe(model, selection, settings)
-    report["method"] = "cus-prune"
-    report["documents"] = {name: {"count": len(rows), "tokens": sum(map(len, rows))} for name, rows in tokens.items()}
-    small = remove_neurons(model, selection.keep)
-    report["loss"] = {
-        name: {"before": mean_loss(model, rows), "after": mean_loss(small, rows)} for name, rows in probes.items()
+    report: dict[str, Any] = {
+        "method": args.method,
+        "documents": {name: {"count": len(rows), "tokens": sum(map(len, rows))} for name, rows in tokens.items()},
+        "loss": {name: {"before": mean_loss(model, rows)} for name, rows in probes.items()},
     }
-    plain = type(small) is type(model)
-    card = model_card(args.out.name, args.model.resolve().name, _rows(report), _told(report, given), plain)
+    prune = _cus_prune if args.method == METHOD else _baseline
+    small, found = prune(args, model, tokens, settings)
+    report |= found | {"parameters": model.num_parameters(), "parameters_left": small.num_parameters()}
+    for name, rows in probes.items():
+        report["loss"][name]["after"] = mean_loss(small, rows)
+    plain = not code_of(small)[1]
+    base = args.model.resolve().name
+    card = model_card(args.out.name, base, _rows(report, settings), _told(report), plain)
     save_folder(small, args.out, source=args.model, card=card, report=report)
     write_json(args.json, report)
-    print(_summary(args.out, report, small, plain))
+    print(_summary(args.out, report, plain))
     return 0
 
 
-def _summary(out: Path, report: dict[str, Any], small: torch.nn.Module, plain: bool) -> str:
+def _cus_prune(args: argparse.Namespace, model, tokens: dict, settings: Settings) -> tuple[Any, dict[str, Any]]:
+    """The pruned model, and what went."""
+    with progress("measuring neurons") as advance:
+        selection = cus_prune.select(model, tokens, settings, on_document=advance)
+    return remove_neurons(model, selection.keep), cus_prune.describe(model, selection, settings)
+
+
+def _baseline(args: argparse.Namespace, model, tokens: dict, settings: Settings) -> tuple[Any, dict[str, Any]]:
+    """A model pruned by another method, all documents together being its calibration set."""
+    pruned = baselines.prune_baseline(
+        args.method,
+        model,
+        [row for rows in tokens.values() for row in rows],
+        settings.ratio,
+        seed=args.seed,
+        of=settings.of,
+        attention=settings.attention,
+        experts=settings.experts,
+        budget=settings.budget,
+        multiple=settings.multiple,
+        protect=tuple(args.protect),
+        length=args.length,
+    )
+    return pruned.model, {
+        "ratio_asked": settings.ratio,
+        "ratio_reached": pruned.reached,
+        "of": settings.of,
+        "detail": pruned.detail,
+    }
+
+
+def _summary(out: Path, report: dict[str, Any], plain: bool) -> str:
     lines = [
-        f"{out}: {small.num_parameters():,} of {report['parameters']:,} parameters, {report['removed_neurons']:,} of "
-        f"{report['neurons']:,} neurons gone, ratio {report['ratio_reached']:.4f} ({report['ratio_asked']:g} asked)",
+        f"{out}: {report['parameters_left']:,} of {report['parameters']:,} parameters, ratio "
+        f"{report['ratio_reached']:.4f} ({report['ratio_asked']:g} asked)",
         "a plain folder" if plain else "with its own modelling file (trust_remote_code)",
     ]
+    if "removed_neurons" in report:
+        lines.append(f"{report['removed_neurons']:,} of {report['neurons']:,} neurons are gone")
     for name, loss in report["loss"].items():
         lines.append(f"loss on {name}: {loss['before']:.4f} before, {loss['after']:.4f} after")
     return "\n".join(lines)
 
 
-def _told(report: dict[str, Any], given: dict[str, Any]) -> str:
-    return (
-        f"A pruned model: without the neurons that change the output of their layer least on documents of each of "
-        f"{', '.join(given)} ({', '.join(str(row['count']) for row in report['documents'].values())} documents). "
-        "Nothing was trained afterwards."
-    )
+def _told(report: dict[str, Any]) -> str:
+    sets = ", ".join(f"{name} ({row['count']} documents)" for name, row in report["documents"].items())
+    if report["method"] == METHOD:
+        return (
+            "A pruned model: without the neurons that change the output of their layer least on documents of its "
+            f"{sets}. Nothing was trained afterwards."
+        )
+    return f"A model made smaller by the method `{report['method']}` with documents of {sets}, without training."
 
 
-def _rows(report: dict[str, Any]) -> dict[str, str]:
+def _rows(report: dict[str, Any], settings: Settings) -> dict[str, str]:
     rows = {
-        "parameters": f"{report['parameters'] - report['removed_parameters']:,} of {report['parameters']:,}",
-        "ratio": f"{report['ratio_reached']:.4f} of the {report['settings']['of']} parameters",
-        "neurons gone": f"{report['removed_neurons']:,} of {report['neurons']:,}",
+        "parameters": f"{report['parameters_left']:,} of {report['parameters']:,}",
+        "ratio": f"{report['ratio_reached']:.4f} of the {settings.of} parameters",
     }
+    if "removed_neurons" in report:
+        rows["neurons gone"] = f"{report['removed_neurons']:,} of {report['neurons']:,}"
     for name, loss in report["loss"].items():
         rows[f"loss on {Path(name).name}"] = f"{loss['after']:.4f} (before: {loss['before']:.4f})"
     return rows
@@ -142,6 +198,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--loss-documents", type=positive, metavar="N", default=32, help="of each of them, at most (32)"
     )
+    parser.add_argument(
+        "--method", choices=(METHOD, *baselines.METHODS), default=METHOD,
+        help="cus-prune, or what it is compared with; these calibrate on all documents together (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--protect", type=int, nargs=2, default=[0, 0], metavar=("FIRST", "LAST"),
+        help="random, magnitude, gradient: how many of the first and of the last layers lose nothing (0 0)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of --method random (0)")
     parser.add_argument("--dtype", choices=list(DTYPES), help="of the weights, while measured and written (as stored)")
     parser.add_argument("--device", help="where the model runs (cuda where there is one, else cpu)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there too")

@@ -69,7 +69,7 @@ def prune_baseline(
 ) -> Pruned:
     """A smaller copy of `model` by one of METHODS; `tokens` are calibration documents of token ids.
 
-    `of`: what the ratio is a share of: the parameters of all neurons (`prunable`), or of the model (`all`).
+    `of`: what the ratio is a share of: the matrices of attention and feed-forward layers (`prunable`), or the model.
     `attention`, `experts`: which neurons there are (`neuron_groups`); `budget`: the same share from every group
     (`layer`) or one threshold (`global`); `protect`: how many of the first and of the last layers lose no neuron.
     `budget`, `protect` and `seed` matter to the methods of neurons only. `multiple`: sizes are multiples of it, of the
@@ -84,7 +84,7 @@ def prune_baseline(
         raise UserError(f"of={of!r} is not one of {', '.join(OF)}")
     every = neuron_groups(model, attention=attention, experts=experts)
     before = count_parameters(model)
-    whole = before if of == "all" else prunable_parameters(every)
+    whole = before if of == "all" else prunable_parameters(neuron_groups(model))
     if method in NEURON_METHODS:
         groups = unprotected(model, every, protect)
         scores = neuron_scores(method, model, tokens, groups, seed, batch)
