@@ -234,9 +234,9 @@ def _insertion(study: Study, stages: dict[str, Any], pictures: Path) -> str:
                 if start == "life":
                     points.append((name, dense, old, after["french"]))
         title = (
-            "Lifelong: French only, 200 steps of 2048 tokens."
+            "Lifelong: French only, 160 steps of 2048 tokens."
             if start == "life"
-            else "Joint: Python, English and French in equal parts, embeddings trained too, 200 steps of 2048 tokens."
+            else "Joint: Python, English and French in equal parts, embeddings trained too, 160 steps of 2048 tokens."
         )
         blocks.append(f"{title}\n\n{table(header, rows)}")
     _scatter(points, pictures / "insertion.png")

@@ -16,16 +16,15 @@ from megamf.experiments.corpora import build
 from megamf.experiments.stages import Study
 
 DOMAINS = ("python", "english", "french")
-SHARES = "0 0.05 0.1 0.15 0.2 0.25 0.3 0.35 0.4 0.5 0.6 0.7"
+SHARES = "0 0.05 0.1 0.15 0.2 0.3 0.4 0.5 0.6 0.7"
 RANDOM_SEEDS = (0, 1, 2)
-PENALTIES = ("0", "0.001", "0.01", "0.1")
+PENALTIES = {"inserted": ("0", "0.01", "0.1"), "router_rows": ("0", "0.001", "0.01", "0.1")}
 PRUNED_SHARE = "0.3"
 
 FINE_TUNED = {
     "ft-none": "losses.balance=none",
     "ft-mi": "losses.balance=mi",
     "ft-con-0.001": "losses.balance=none losses.concentration=0.001",
-    "ft-con-0.01": "losses.balance=none losses.concentration=0.01",
     "ft-con-0.1": "losses.balance=none losses.concentration=0.1",
 }
 
@@ -84,7 +83,7 @@ def _tune(model: str, preset: str, name: str, train: str, settings: str, steps: 
     return (
         f"megamf train --preset {preset} --model-from {model} run.dir={name} checkpoint.init_from={model} "
         f"data.tokenizer=tokenizer.model {train} {valid} train.steps={steps} train.global_batch=8 train.micro_batch=8 "
-        f"train.eval_every={steps // 4} train.eval_batches=12 optim.lr=1e-3 optim.min_lr=1e-4 optim.warmup_steps=20 "
+        f"train.eval_every={steps // 2} train.eval_batches=8 optim.lr=1e-3 optim.min_lr=1e-4 optim.warmup_steps=20 "
         f"checkpoint.every=0 {settings}"
     )
 
@@ -117,11 +116,11 @@ def pruning(study: Study, at_once: int) -> None:
             statistics = f"--statistics show-{name}.json " if way == "use" else ""
             stages[f"prune-{name}-{way}"] = (
                 f"megamf modules prune {name} --dry-run --share {SHARES} {options} {statistics}"
-                f"--data data/python-valid --json prune-{name}-{way}.json"
+                f"--data data/python-valid --max-batches 8 --json prune-{name}-{way}.json"
             )
     study.commands(stages, at_once=at_once)
     tuned = {}
-    for name, settings in (("ft-none", FINE_TUNED["ft-none"]), ("ft-con-0.01", FINE_TUNED["ft-con-0.01"])):
+    for name, settings in (("ft-none", FINE_TUNED["ft-none"]), ("ft-con-0.1", FINE_TUNED["ft-con-0.1"])):
         small = f"pruned-{name}"
         study.command(
             small, f"megamf modules prune {name} {small} --share {PRUNED_SHARE} --statistics show-{name}.json"
@@ -151,11 +150,11 @@ def insertion(study: Study, at_once: int) -> None:
         "joint-dense-full": ("dense", "nano-dense", every, ""),
         "joint-dense-lora-32": ("dense", "nano-dense", every, f"{lora.format(32, 64)} tune.embeddings=true"),
     }
-    for strategy in ("inserted", "router_rows"):
-        for penalty in PENALTIES:
+    for strategy, penalties in PENALTIES.items():
+        for penalty in penalties:
             settings = f"losses.balance=none tune.strategy={strategy} tune.rows_regularisation={penalty}"
             runs[f"life-{strategy}-{penalty}"] = ("grown", "nano", new, settings)
-    commands = {name: _tune(model, preset, name, *rest, 200) for name, (model, preset, *rest) in runs.items()}
+    commands = {name: _tune(model, preset, name, *rest, 160) for name, (model, preset, *rest) in runs.items()}
     study.commands(commands, at_once=at_once)
     measured = ["base", "dense", "grown", *runs]
     study.commands({f"evaluate-{name}": _evaluate(name) for name in measured}, at_once=at_once)
