@@ -51,7 +51,8 @@ def claim(config: RunConfig, write: bool = True) -> None:
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """(key, old, new) of every setting that differs and may not. A setting that `before` does not have, because the
     version that wrote it had none, counts as at its default."""
-    old, new = _flat(to_tree(RunConfig())) | _flat(before), _flat(now)
+    new = _flat(now)
+    old = {key: value for key, value in _flat(to_tree(RunConfig())).items() if key in new} | _flat(before)
     keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     return [
         (key, old.get(key), new.get(key)) for key in keys if key not in FREE and key.split(".")[0] not in FREE_SECTIONS

@@ -48,3 +48,12 @@ def test_a_run_of_a_version_without_a_setting_goes_on_while_it_is_at_its_default
     with pytest.raises(ConfigError, match=r"optim\.clip: 1\.0 there, 2\.0 now"):
         claim(config(tmp_path, "optim.beta1=0.8", "optim.clip=2"))
     claim(config(tmp_path, "optim.beta1=0.8"))
+
+
+def test_a_dense_run_of_an_earlier_version_goes_on(tmp_path):
+    dense = ("model.kind=dense", "model.n_embd=64", "model.n_head=2", "model.att_hidden=64", "losses.balance=none")
+    claim(config(tmp_path, *dense))
+    tree = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    del tree["tune"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    claim(config(tmp_path, *dense))
