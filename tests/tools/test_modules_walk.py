@@ -30,6 +30,13 @@ def commands() -> list[list[str]]:
     return [words[1:] for words in found]
 
 
+def test_the_readme_walks_the_same_five_commands():
+    readme = (PAGE.parents[1] / "README.md").read_text(encoding="utf-8")
+    block = readme.partition("cd runs/quickstart\n")[2].partition("```")[0]
+    shown = [shlex.split(line, comments=True)[1:] for line in block.splitlines()]
+    assert shown == [[word.removeprefix("runs/quickstart/") for word in words] for words in commands()[:5]]
+
+
 @pytest.fixture
 def quickstart(tmp_path, monkeypatch, save_model):
     """runs/quickstart with a tokenizer, data and the checkpoint of a tiny model, in the current directory."""
