@@ -156,8 +156,8 @@ def gradient_scores(
 
     def salience(name: str) -> torch.Tensor:
         gradient = gradients.get(name)
-        weight = model.get_parameter(name).detach()
-        return torch.zeros_like(weight) if gradient is None else (weight * gradient).abs()
+        weight = model.get_parameter(name).detach().float()
+        return torch.zeros_like(weight) if gradient is None else (weight * gradient.float()).abs()
 
     return {group: neuron_sums(model, group, salience) / group.parameters for group in groups}
 

@@ -11,6 +11,7 @@ embeddings stay tied and whole, with a projection behind the embedding, so that 
 Shapes: W stream size, D hidden size, H query heads, C head channels, F feed-forward width, N tokens, T time, U windows.
 """
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -75,16 +76,16 @@ def slice_model(
     windows_UT: torch.Tensor,
     width: int,
     *,
-    normalised: bool = True,
+    normalised: bool = False,
     batch: int = 4,
     on_block: Callable[[int, int], None] | None = None,
 ) -> SlicedForCausalLM:
     """The model with a residual stream of `width` dimensions, fitted on windows of token ids (int64 [U, T]).
 
-    `normalised`: principal components of the normalised stream, in which every token counts the same; False: of the
-    stream itself, in which tokens with large states count more. `on_block(done, total)`. Works in float32 (float64 for
-    float64 models); the result has the model's dtype and device. Raises UserError for models that are not supported,
-    a width outside 1..D and token ids that the model does not know.
+    `normalised`: principal components of the normalised stream, in which every token counts the same, and not of the
+    stream itself, in which tokens with large states count more (and which lost a little less where both were tried).
+    `on_block(done, total)`. Works in float32 (float64 for float64 models); the result has the model's dtype and device.
+    Raises UserError for models that are not supported, a width outside 1..D and token ids that the model does not know.
     """
     config = sliced_config(model, width)
     check_ids(model, [windows_UT])
@@ -94,7 +95,7 @@ def slice_model(
         small = SlicedForCausalLM(config).to(work).eval()
     with torch.no_grad():
         _fill(model, small, windows_UT.to(source.device), normalised, batch, work, on_block)
-    small.generation_config = model.generation_config
+    small.generation_config = copy.deepcopy(model.generation_config)
     return small.to(source.dtype)
 
 
