@@ -4,6 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megamf.build import check
+from megamf.callbacks.checkpointing import inserted_modules
 from megamf.config import RunConfig, dump
 from megamf.plan.cluster import Cluster
 from megamf.plan.fake import fake_step
@@ -30,18 +31,23 @@ def dry_run(config: RunConfig, num_ranks: int, fake_world: int | None = None) ->
     console = Console(highlight=False)
     console.print(dump(config), markup=False, end="")
     counts = count_parameters(config.model)
-    job = Job.of(config, num_ranks)
+    inserted = inserted_modules(config)
+    job = Job.of(config, num_ranks, inserted=inserted)
     memory = rank_memory(job, IMBALANCE)
 
     title = f"{num_ranks} ranks, ep {job.ep}, context {job.context}, ZeRO {job.engine.stage}"
     table = Table(title=title, title_justify="left")
     table.add_column("what")
     table.add_column("size", justify="right")
-    counted = fake_step(config, num_ranks, IMBALANCE) if fake_world else None
+    counted = fake_step(config, num_ranks, IMBALANCE, inserted) if fake_world else None
     if counted:
         table.add_column("counted", justify="right")
     table.add_row("parameters", f"{counts.total:,}")
     table.add_row("active per token", f"{counts.active:,}")
+    if job.tuned:
+        table.add_row(f"trained (tune.strategy={config.tune.strategy})", f"{job.tuned.total:,}")
+    if job.tuned and job.tuned.added:
+        table.add_row("adapters among them", f"{job.tuned.added:,}")
     table.add_row("training FLOPs per token", f"{train_flops_per_token(config.model, config.train.seq_len):.3g}")
     tokens = config.train.steps * config.train.global_batch * config.train.seq_len
     table.add_row("tokens in all", f"{tokens:,}")
@@ -52,6 +58,4 @@ def dry_run(config: RunConfig, num_ranks: int, fake_world: int | None = None) ->
     console.print(table)
     if counted:
         console.print(COUNTED)
-    if config.tune.strategy != "full":
-        console.print("The memory is that of training everything; frozen parameters need their weights only.")
     return 0

@@ -4,7 +4,7 @@ Shapes: L experts, D input width, F output width, r rank, R rows grouped by expe
 Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models (arXiv 2106.09685), section 4.1: A is drawn at
 random, B is zero at first, so that a run starts from the outputs of the model it adapts.
 
-Linear layers (all of the dense model; projections of keys and values) are adapted by PEFT, which puts its own layer in
+Linear layers (all of a dense model; projections of keys and values) are adapted by PEFT, which puts its own layer in
 their place. Experts have their own code. PEFT does take a stacked parameter (`target_parameters`), but it adds the
 product A B to all experts' weights before every call: a second copy of them in every layer, their whole gradient in
 the backward pass, from which it makes those of A and B. Here rows go through A and B on the side: nothing of the size
@@ -52,29 +52,35 @@ class Target:
 
 def targets(model: ModelConfig, chosen: str) -> Iterator[Target]:
     """What `tune.lora_targets` stands for in this architecture, in the order of the layers."""
-    width, attention, hidden = model.n_embd, model.att_hidden, model.ffd_hidden
+    width, hidden = model.n_embd, model.ffd_hidden
     for layer in range(model.n_layer):
         prefix = f"transformer.h.{layer}"
         if chosen in ("attention", "all"):
-            if model.kind == "dense":
-                yield Target(f"{prefix}.attn.q_proj", width, attention)
-            else:
-                count = model.num_experts(layer, "attention")
-                yield Target(f"{prefix}.attn.q_proj.experts", width, attention, count)
-                yield Target(f"{prefix}.attn.q_proj.output_experts", attention, width, count)
-            if not model.shares_kv:
-                yield Target(f"{prefix}.attn.k_proj", width, attention)
-                yield Target(f"{prefix}.attn.v_proj", width, attention)
-            if model.kind == "dense":
-                yield Target(f"{prefix}.attn.o_proj", attention, width)
-        if chosen in ("mlp", "all"):
-            if model.kind == "dense":
-                yield Target(f"{prefix}.mlpf.fc1", width, hidden)
-                yield Target(f"{prefix}.mlpf.fc2", hidden, width)
-            else:
-                count = model.num_experts(layer, "mlp")
-                yield Target(f"{prefix}.mlpf.experts", width, hidden, count)
-                yield Target(f"{prefix}.mlpf.output_experts", hidden, width, count)
+            yield from _attention_targets(model, layer, f"{prefix}.attn")
+        if chosen in ("mlp", "all") and model.sparse:
+            count = model.num_experts(layer, "mlp")
+            yield Target(f"{prefix}.mlpf.experts", width, hidden, count)
+            yield Target(f"{prefix}.mlpf.output_experts", hidden, width, count)
+        elif chosen in ("mlp", "all"):
+            yield Target(f"{prefix}.mlpf.fc1", width, hidden)
+            yield Target(f"{prefix}.mlpf.fc2", hidden, width)
+
+
+def _attention_targets(model: ModelConfig, layer: int, prefix: str) -> Iterator[Target]:
+    width, attention = model.n_embd, model.att_hidden
+    if model.kind == "gpt_neox":
+        yield Target(f"{prefix}.qkv_proj", width, 3 * attention)
+    elif model.sparse:
+        count = model.num_experts(layer, "attention")
+        yield Target(f"{prefix}.q_proj.experts", width, attention, count)
+        yield Target(f"{prefix}.q_proj.output_experts", attention, width, count)
+    else:
+        yield Target(f"{prefix}.q_proj", width, attention)
+    if model.kind != "gpt_neox" and not model.shares_kv:
+        yield Target(f"{prefix}.k_proj", width, attention)
+        yield Target(f"{prefix}.v_proj", width, attention)
+    if not model.sparse:
+        yield Target(f"{prefix}.o_proj", attention, width)
 
 
 def adapter_shapes(model: ModelConfig, tune: Tune) -> dict[str, tuple[int, ...]]:

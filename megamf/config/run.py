@@ -339,16 +339,12 @@ class RunConfig(Section):
     def _tunes_what_there_is(self) -> "RunConfig":
         if self.tune.strategy == "full":
             return self
+        self.check_degree()
         if self.tune.strategy == "lora":
             return self._adapts_what_there_is()
         if not self.model.sparse:
             raise ValueError(
                 f"tune.strategy={self.tune.strategy} needs experts, but model.kind={self.model.kind} has none"
-            )
-        if self.parallel.ep > 1:
-            raise ValueError(
-                f"tune.strategy={self.tune.strategy} needs parallel.ep=1, not {self.parallel.ep}: inserted modules "
-                "come last in their layers, so the last ranks would hold all that is trained"
             )
         if self.tune.rows_regularisation and self.losses.routing_regularisation:
             raise ValueError(
@@ -357,12 +353,18 @@ class RunConfig(Section):
             )
         return self
 
+    def check_degree(self) -> None:
+        """Raise ValueError where what `tune` trains cannot be shared out over `parallel.ep` ranks."""
+        if self.tune.strategy == "full" or self.parallel.ep == 1:
+            return
+        reason = (
+            "every rank holds the adapters of all experts"
+            if self.tune.strategy == "lora"
+            else "inserted modules come last in their layers, so the last ranks would hold all that is trained"
+        )
+        raise ValueError(f"tune.strategy={self.tune.strategy} needs parallel.ep=1, not {self.parallel.ep}: {reason}")
+
     def _adapts_what_there_is(self) -> "RunConfig":
-        if self.parallel.ep > 1:
-            raise ValueError(
-                f"tune.strategy=lora needs parallel.ep=1, not {self.parallel.ep}: an adapter stands beside the weight "
-                "of its expert, and adapters are small; ranks are better used for sequences"
-            )
         if self.losses.routing_regularisation:
             raise ValueError(
                 f"losses.routing_regularisation={self.losses.routing_regularisation} has no effect with "

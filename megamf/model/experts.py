@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from megamf.config import ModelConfig
 from megamf.model.backends import AUTOMATIC, Backends
@@ -61,7 +62,8 @@ class ExpertLinear(nn.Module):
     def _products(
         self, x: torch.Tensor, plan: Plan, fans: tuple[int, int] | None, gate_NK: torch.Tensor | None
     ) -> torch.Tensor:
-        if fans is None and self.inserted is not None and self.weight.shape[0] and x.device.type == "cpu":
+        known = x.device.type == "cpu" and not isinstance(x, FakeTensor)
+        if fans is None and self.inserted is not None and self.weight.shape[0] and known:
             return self._apart(x, plan)
         if fans is None:
             return self.dispatcher.linear(x, self.whole(), plan, self.backend)

@@ -23,6 +23,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megamf.adapt.lora import attach
 from megamf.config import RunConfig
 from megamf.errors import UserError
 from megamf.model import ModuleFormer
@@ -31,6 +32,7 @@ from megamf.model.dispatch import Dispatcher, Plan
 from megamf.model.losses import auxiliary_loss, routing_norm
 from megamf.model.objective import Objective
 from megamf.model.router import Router
+from megamf.model.tuning import Inserted, specialise
 from megamf.ops.permutation import sort_by_expert
 from megamf.parallel.context import make_context
 from megamf.parallel.dispatch import AllToAllDispatcher, Transport, make_dispatchers
@@ -83,17 +85,18 @@ def shares(total: int, parts: int) -> list[int]:
     return [(total + part) // parts for part in range(parts)]
 
 
-def fake_step(config: RunConfig, num_ranks: int, imbalance: float = 1.0) -> FakeStep:
+def fake_step(config: RunConfig, num_ranks: int, imbalance: float = 1.0, inserted: Inserted | None = None) -> FakeStep:
     """The bytes of rank 0 of `num_ranks` in one update. Raises ConfigError for a layout that the run would refuse.
 
+    inserted: the modules that `config.tune` is about; without, a run that trains these counts as one of everything.
     Up to two micro batches are run: from the third on nothing changes.
     """
-    job = Job.of(config, num_ranks)
+    job = Job.of(config, num_ranks, inserted=inserted)
     live = LiveBytes()
     with fake_process_group(num_ranks), FakeTensorMode(), KnownCounts(), live:
         engine = _Engine(job, live)
         with default_dtype(torch.bfloat16 if job.value_bytes == 2 else torch.float32):
-            objective = Objective(_model(job, imbalance), config.train.loss_chunk).train()
+            objective = Objective(_model(job, imbalance, inserted), config.train.loss_chunk).train()
         parameters = list(objective.parameters())
         engine.adopt(parameters, sum(parameter.nbytes for parameter in parameters))
         live.reset_peak()
@@ -128,7 +131,7 @@ class _Engine:
         kept = 2 + (0 if stage == 0 and job.value_bytes == 4 else 1)
         self.state = [] if job.engine.offload_optimizer else [torch.empty(size) for _ in range(kept)]
         self.optimizer = sum(tensor.nbytes for tensor in self.state)
-        for parameter in parameters:
+        for parameter in (parameter for parameter in parameters if parameter.requires_grad):
             parameter.register_post_accumulate_grad_hook(self._ready)
 
     def _ready(self, parameter: nn.Parameter) -> None:
@@ -183,7 +186,7 @@ class _Engine:
         flat.clear()
 
 
-def _model(job: Job, imbalance: float) -> ModuleFormer:
+def _model(job: Job, imbalance: float, inserted: Inserted | None) -> ModuleFormer:
     config = job.config
     mesh = _mesh(job)
     recomputed = config.train.activation_checkpointing == "full"
@@ -197,6 +200,9 @@ def _model(job: Job, imbalance: float) -> ModuleFormer:
         attention_dispatcher=even if attention is mlp else attention,
     )
     model.set_activation_checkpointing(config.train.activation_checkpointing)
+    if job.tuned:
+        specialise(model, config.tune, inserted or {})
+        attach(model, config.tune, config.run.seed)
     return model
 
 

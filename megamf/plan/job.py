@@ -8,9 +8,11 @@ import os
 from dataclasses import dataclass
 
 from megamf.config import ConfigError, ModelConfig, RunConfig
+from megamf.model.tuning import Inserted
 from megamf.parallel.traffic import Strategy, attention_strategy
 from megamf.plan.cluster import Group
 from megamf.plan.flops import ParameterCounts, count_parameters
+from megamf.plan.trained import Trained, trained_parameters
 
 # DeepSpeed's own defaults where its JSON is silent.
 BUCKET = 500_000_000
@@ -45,27 +47,37 @@ class Job:
     context: int
     accumulation: int
     attention_experts: Strategy
+    tuned: Trained | None = None
+    """What is trained, where that is not everything."""
 
     @classmethod
-    def of(cls, config: RunConfig, num_ranks: int, engine: Engine | None = None) -> "Job":
-        """Raises ConfigError where the configuration cannot be laid out on `num_ranks` ranks. engine: read before."""
+    def of(
+        cls, config: RunConfig, num_ranks: int, engine: Engine | None = None, inserted: Inserted | None = None
+    ) -> "Job":
+        """Raises ConfigError where the configuration cannot be laid out on `num_ranks` ranks. engine: read before.
+
+        inserted: see `trained_parameters`.
+        """
         parallel, seq_len = config.parallel, config.train.seq_len
         try:
             parallel.check(num_ranks, config.model)
+            config.check_degree()
             accumulation = config.accumulation_steps(num_ranks)
         except ValueError as error:
             raise ConfigError(str(error)) from None
         if parallel.context > 1 and seq_len % (2 * parallel.context):
             raise ConfigError(f"train.seq_len={seq_len} is not divisible by 2 x parallel.context={parallel.context}")
+        counts = count_parameters(config.model)
         return cls(
             config,
-            count_parameters(config.model),
+            counts,
             engine or engine_of(config, num_ranks),
             num_ranks,
             parallel.ep,
             parallel.context,
             accumulation,
             attention_strategy(config, num_ranks),
+            trained_parameters(config, counts, inserted),
         )
 
     @property
@@ -140,14 +152,34 @@ class Job:
         return self.counts.shared if self.sparse else self.counts.total
 
     @property
+    def held(self) -> int:
+        """Parameters whose weights this rank holds, adapters among them (at stage 3: shards of them)."""
+        return self.shared + self.local_experts + (self.tuned.added if self.tuned else 0)
+
+    @property
+    def trained_shared(self) -> int:
+        """Shared parameters that are trained."""
+        return self.tuned.shared if self.tuned else self.shared
+
+    @property
+    def trained_experts(self) -> int:
+        """Expert parameters of this rank that are trained."""
+        return self.tuned.experts if self.tuned else self.local_experts
+
+    @property
+    def trained_share(self) -> float:
+        """Trained parameters over all that the model has, 0 to 1."""
+        return (self.trained_shared + self.trained_experts) / (self.shared + self.local_experts)
+
+    @property
     def shard_shared(self) -> int:
         """Shared parameters whose optimizer state this rank keeps."""
-        return self.shared if self.engine.stage == 0 else -(-self.shared // self.num_ranks)
+        return self.trained_shared if self.engine.stage == 0 else -(-self.trained_shared // self.num_ranks)
 
     @property
     def shard_experts(self) -> int:
         """Expert parameters whose optimizer state this rank keeps."""
-        return self.local_experts if self.engine.stage == 0 else -(-self.local_experts // self.replica_group.size)
+        return self.trained_experts if self.engine.stage == 0 else -(-self.trained_experts // self.replica_group.size)
 
 
 def engine_of(config: RunConfig, num_ranks: int) -> Engine:

@@ -59,7 +59,9 @@ def possible_degrees(config: RunConfig, num_ranks: int) -> list[int]:
     found = []
     for ep in divisors(num_ranks):
         try:
-            vary(config, ep=ep).parallel.check(num_ranks, config.model)
+            candidate = vary(config, ep=ep)
+            candidate.parallel.check(num_ranks, config.model)
+            candidate.check_degree()
         except ValueError:
             continue
         found.append(ep)
@@ -124,6 +126,11 @@ def warnings(found: Prediction) -> list[str]:
         near = remedies(found)
         help_ = f"fits with {near[0].overrides}" if near else "no single change makes it fit: try --search"
         said.append(f"does not fit: {over:.1f} GiB more than may be filled; {help_}")
+    if job.config.tune.strategy != "full" and not job.tuned:
+        said.append(
+            f"tune.strategy={job.config.tune.strategy}: how many modules were inserted is not known here, the figures "
+            "are those of training everything; `megamf train --dry-run` has those of this run"
+        )
     if job.sparse and job.expert_group.crosses(cluster):
         said.append(
             f"parallel.ep={job.ep} reaches over nodes of {cluster.gpus_per_node}: every layer waits for the network; "

@@ -42,11 +42,11 @@ def rank_memory(job: Job, imbalance: float = 1.0) -> RankMemory:
     """The bytes of one rank of `job`, whose busiest rank receives `imbalance` times its even share of routed rows.
 
     Weights take b bytes each: all shared ones and 1/P of the experts; at stage 3 a shard, and what is gathered while it
-    is used. The optimizer keeps two fp32 moments, and an fp32 master copy unless the stage is 0 in fp32; from stage 1
-    on of a shard only (shared parameters over all W ranks, experts over the W/P that hold the same). Gradients take b
-    bytes each: at stages 0 and 1 all of them accumulate, from stage 2 on a shard. While they are summed over ranks a
-    bucket of fixed size is filled (stages 1 to 3); at the update the largest of the parameter groups is copied, in bf16
-    also to fp32.
+    is used. All that follows is of the trained parameters alone. The optimizer keeps two fp32 moments, and an fp32
+    master copy unless the stage is 0 in fp32; from stage 1 on of a shard only (shared parameters over all W ranks,
+    experts over the W/P that hold the same). Gradients take b bytes each: at stages 0 and 1 all of them accumulate,
+    from stage 2 on a shard. While they are summed over ranks a bucket of fixed size is filled (stages 1 to 3); at the
+    update the largest of the parameter groups is copied, in bf16 also to fp32.
 
     Peak: resident state, and the largest of: the loss (all activations, what earlier micro batches accumulated, the
     logits of one chunk); the start of the backward pass (all activations and the bucket); its end (no activations, all
@@ -54,10 +54,10 @@ def rank_memory(job: Job, imbalance: float = 1.0) -> RankMemory:
     """
     engine, b = job.engine, job.value_bytes
     low = b == 2
-    local, shard = job.shared + job.local_experts, job.shard_shared + job.shard_experts
+    local, shard = job.trained_shared + job.trained_experts, job.shard_shared + job.shard_experts
     master = 0 if engine.stage == 0 and not low else 4
     optimizer = shard * (8 + master)
-    weights = (local if engine.stage < 3 else shard) * b
+    weights = (job.held if engine.stage < 3 else shard) * b
     gathered = gathered_parameters(job) * b if engine.stage == 3 else 0
     gradients = (shard if engine.stage >= 2 else local) * b
     bucket = engine.bucket * b * (2 if engine.overlap else 1) if engine.stage > 0 and engine.contiguous else 0
@@ -120,11 +120,21 @@ def _activations(job: Job, imbalance: float) -> int:
     # The final norm keeps its input and its output.
     match job.config.train.activation_checkpointing:
         case "none":
-            return 2 * entry + layers * (kept + hidden)
+            return (
+                2 * entry + layers * (kept + hidden) + _joined_experts(job, "attention") + _joined_experts(job, "mlp")
+            )
         case "experts":
-            return 2 * entry + layers * kept
+            return 2 * entry + layers * kept + _joined_experts(job, "attention")
         case "full":
             return (layers + 2) * entry
+
+
+def _joined_experts(job: Job, kind: str) -> int:
+    """The copies of frozen and inserted experts in one tensor, of all layers."""
+    hidden = {"attention": job.model.att_hidden, "mlp": job.model.ffd_hidden}[kind]
+    places = job.tuned.copied if job.tuned else ()
+    experts = sum(job.model.num_experts(layer, found) for layer, found in places if found == kind)
+    return experts * 2 * job.model.n_embd * hidden * job.value_bytes
 
 
 def _layer_workspace(job: Job, imbalance: float) -> int:
@@ -144,7 +154,9 @@ def _layer_workspace(job: Job, imbalance: float) -> int:
     if job.sparse and job.ep > 1 and not job.moves_tokens:
         copies = 2 if job.config.train.activation_checkpointing == "full" else 1
         gathered = model.n_att_experts * model.n_embd * model.att_hidden * (copies * b + b + 4)
-    return again + passing + max(gathered, experts * model.n_embd * model.ffd_hidden * b)
+    # Beside adapters there is no gradient of a whole weight.
+    weight = 0 if job.config.tune.strategy == "lora" else experts * model.n_embd * model.ffd_hidden * b
+    return again + passing + max(gathered, weight)
 
 
 def gathered_parameters(job: Job) -> int:

@@ -110,6 +110,7 @@ class Prediction:
                 "attention_experts": job.attention_experts if job.sparse and job.ep > 1 else None,
                 "overrides": self.overrides,
             },
+            "trained_parameters": job.tuned.total if job.tuned else job.counts.total,
             "fits": self.fits,
             "bytes_per_rank": dict(self.memory.rows()),
             "usable_bytes_per_rank": self.cluster.usable_memory,
@@ -155,13 +156,14 @@ def predict(config: RunConfig, cluster: Cluster, engine: Engine | None = None) -
 
 
 def checkpoint_size(job: Job, cluster: Cluster) -> Checkpoint:
-    """Weights, moments and, in bf16, fp32 masters of all parameters; ranks write their shares at the same time.
+    """Weights of everything; moments and, in bf16, fp32 masters of what is trained. Ranks write at the same time.
 
     Exact but for the headers and the JSON beside the tensors. The exported folder is in the public layout, in bf16,
     with the constant masks that the released files carry.
     """
     b = job.value_bytes
-    training = job.counts.total * (b + 8 + (4 if b == 2 else 0))
+    trained = job.tuned.total if job.tuned else job.counts.total
+    training = (job.counts.total + (job.tuned.added if job.tuned else 0)) * b + trained * (8 + (4 if b == 2 else 0))
     if job.sparse:
         types = dict.fromkeys(public_shapes(job.model), torch.bfloat16)
         exported = sum(entry.num_bytes for entry in public_entries(job.model, types, buffers=True))

@@ -31,6 +31,11 @@ def show(console: Console, common: dict, found: Prediction) -> None:
     cluster = found.cluster
     parameters = common["parameters"]
     console.print(f"parameters       {parameters['total']:,} ({parameters['active']:,} active per token)")
+    if found.job.tuned:
+        trained, strategy = found.job.tuned, found.job.config.tune.strategy
+        console.print(
+            f"trained          {trained.total:,} (tune.strategy={strategy}), {trained.added:,} of them adapters"
+        )
     console.print(
         f"training FLOPs   {common['train_flops_per_token']:.4g} per token, {common['train_flops']:.4g} in all"
     )

@@ -15,7 +15,8 @@ from megamf.plan.traffic import Collective, collectives
 # A saved activation is written and read in the forward pass, read again and met by a gradient in the backward pass.
 PASSES_OVER_ACTIVATIONS = 6
 # Every micro batch reads all local weights twice, writes their gradients, and reads and writes what they add up to.
-PASSES_OVER_WEIGHTS = 5
+PASSES_OVER_WEIGHTS = 2
+PASSES_OVER_GRADIENTS = 3
 DAY = 86400
 
 
@@ -59,7 +60,10 @@ def forward_flops(job: Job) -> dict[str, float]:
 
 
 def hardware_flops(job: Job, imbalance: float = 1.0) -> float:
-    """Operations of one update on the busiest rank: forward, backward (twice it), and what is computed again."""
+    """Operations of one update on the busiest rank: forward, backward (twice it), and what is computed again.
+
+    Of frozen weights no gradient is computed: there the backward pass is as long as the forward pass.
+    """
     forward = forward_flops(job)
     if job.ep > 1:
         forward["mlp"] *= imbalance
@@ -71,7 +75,9 @@ def hardware_flops(job: Job, imbalance: float = 1.0) -> float:
         again += forward["head"]
     if job.looks_ahead:
         again += blocks
-    return job.accumulation * (3 * sum(forward.values()) + again)
+    weights = sum(forward.values()) - forward["attention"]
+    frozen = (1 - min(job.trained_share, 1)) * weights
+    return job.accumulation * (3 * sum(forward.values()) - frozen + again)
 
 
 def step_time(job: Job, cluster: Cluster, traffic: list[Collective] | None = None) -> StepTime:
@@ -103,9 +109,8 @@ def memory_traffic(job: Job, imbalance: float = 1.0) -> float:
     again = {"none": 0, "experts": 0, "full": 1}[job.config.train.activation_checkpointing]
     weights = (job.shared + job.local_experts - job.counts.embedding) * job.value_bytes
     passes = PASSES_OVER_ACTIVATIONS + 2 * again
-    return (
-        passes * job.model.n_layer * rows + PASSES_OVER_ACTIVATIONS * logits + (PASSES_OVER_WEIGHTS + again) * weights
-    )
+    over_weights = PASSES_OVER_WEIGHTS + again + PASSES_OVER_GRADIENTS * min(job.trained_share, 1)
+    return passes * job.model.n_layer * rows + PASSES_OVER_ACTIVATIONS * logits + over_weights * weights
 
 
 def optimizer_seconds(job: Job, cluster: Cluster) -> float:

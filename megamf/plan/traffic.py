@@ -102,11 +102,14 @@ def _context(job: Job) -> Iterator[Collective]:
 def _zero(job: Job) -> Iterator[Collective]:
     """Gradients summed and weights spread, shared parameters over all ranks and experts over their replicas.
 
+    Frozen parameters, which ZeRO 3 does not take, have no part in it.
+
     DeepSpeed's stages 1 and 2 sum whole buckets by all-reduce and keep their shard of the result; stage 2 does so after
     every micro batch, stage 1 (without overlap_comm) and 0 after the last.
     """
     engine, b = job.engine, job.value_bytes
-    parts = [("shared", job.shared, job.world, SHARED_GROUPS), ("experts", job.local_experts, job.replica_group, 1)]
+    experts = ("experts", job.trained_experts, job.replica_group, 1)
+    parts = [("shared", job.trained_shared, job.world, SHARED_GROUPS), experts]
     for name, count, group, groups in parts:
         share = count * (group.size - 1) / group.size if count else 0
         if not share:

@@ -6,15 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from megamf.adapt.fold import fold
+from megamf.adapt.fold import check_adapters, fold
 from megamf.adapt.lora import adapter_shapes
+from megamf.callbacks.checkpointing import inserted_modules
 from megamf.checkpoint import Checkpoint, verify
 from megamf.cli import run
-from megamf.config import ModelConfig
+from megamf.config import ModelConfig, validate
 from megamf.config.run import Tune
+from megamf.errors import UserError
 from megamf.evaluate.load import load_model
 from megamf.model import ModuleFormer, initialise
 from megamf.tools import checkpoint as checkpoint_job
+from megamf.tools import export_hf as export_job
 from megamf.tools import modules as modules_job
 
 STEPS = 4
@@ -142,6 +145,71 @@ def test_folded_is_the_sum(runs, name, tmp_path):
     input_BT = torch.randint(0, 61, (2, 9), generator=torch.Generator().manual_seed(0))
     one, other = load_model(runs / name)[0], load_model(tmp_path / "out")[0]
     assert torch.equal(one(input_BT).hidden_BTD, other(input_BT).hidden_BTD)
+
+
+def test_export(runs, tmp_path, capsys):
+    """The base model's folder and the adapters' beside it; and one with everything in it."""
+    sparse, out = str(runs / "sparse1"), tmp_path / "adapter"
+    assert run(export_job.main, [sparse, str(out), "--adapters", "--base", "base"]) == 0
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
+    assert (out / "adapter_model.safetensors").stat().st_size
+    assert run(export_job.main, [sparse, str(tmp_path / "whole"), "--check"]) == 0
+    printed = capsys.readouterr().out
+    assert float(printed.split("to the checkpoint: ")[1]) < 1e-5
+    for arguments, message in (
+        (["--adapters", "--check"], "--check is about exported models"),
+        (["--base", "x"], "--base belongs to --adapters"),
+    ):
+        assert run(export_job.main, [sparse, str(tmp_path / "third"), *arguments]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
+def run_it(root: Path, name: str, changes: dict) -> str | None:
+    """What training says when it is refused, in one process; None where it is not."""
+    tree = config(root, root / "text", name)
+    for section, values in changes.items():
+        tree[section] = tree.get(section, {}) | values
+    try:
+        checked = validate(tree)
+        inserted_modules(checked)
+        with Checkpoint(root / name) as opened:
+            check_adapters(opened, checked.tune, begins=False)
+    except UserError as error:
+        return " ".join(str(error).split())
+    return None
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("sparse1", {"tune": {"lora_rank": 6}}, "tune.lora_rank=4, this run says 6"),
+        ("sparse1", {"tune": {"lora_alpha": 6.0}}, "tune.lora_alpha=12.0, this run says 6.0"),
+        ("dense1", {"tune": {"lora_targets": "all"}}, "tune.lora_targets=attention, this run says all"),
+        ("sparse1", {"tune": {"lora_rank": 12}}, "lora_rank=12 is no low rank of matrices whose smaller side is 12"),
+        ("sparse1", {"tune": {"rows_regularisation": 1.0}}, "rows_regularisation=1.0 needs tune.strategy=inserted"),
+        ("sparse1", {"losses": {"routing_regularisation": 1.0}}, "losses.routing_regularisation=1.0 has no effect"),
+        ("sparse1", {"parallel": {"ep": 2}}, "tune.strategy=lora needs parallel.ep=1, not 2"),
+        ("sparse1", {"tune": {"strategy": "full"}}, "tune.lora_rank=4 needs tune.strategy=lora, not full"),
+        ("dense1", {"run": {"dir": "/new"}, "checkpoint": {"init_from": None}}, "this run starts from nothing"),
+    ],
+)  # fmt: skip
+def test_runs_that_are_refused(runs, name, changes, message):
+    assert message in (run_it(runs, name, changes) or "nothing was refused")
+
+
+def test_adapters_and_other_runs(runs):
+    """A checkpoint with adapters is gone on with, or folded; one without is started from."""
+    folded = "megamf checkpoint fold"
+    full = Tune()
+    with step(runs, "sparse1") as source, Checkpoint(runs / "sparse") as base:
+        for begins in (True, False):
+            check_adapters(source, Tune(**LORA), begins=begins)
+            check_adapters(base, full, begins=begins)
+            with pytest.raises(UserError, match=folded):
+                check_adapters(source, full, begins=begins)
+        check_adapters(base, Tune(**LORA), begins=True)
+        with pytest.raises(UserError, match=r"has no adapters, this run says lora.*init_from"):
+            check_adapters(base, Tune(**LORA), begins=False)
 
 
 def test_jobs(runs, tmp_path, capsys):
