@@ -19,6 +19,7 @@ from megamf.adapt.lora import NAMES, Target, targets
 from megamf.checkpoint import MASTER, WEIGHTS, Checkpoint, expert_name
 from megamf.config import ModelConfig
 from megamf.errors import UserError
+from megamf.hf import gpt_neox
 
 PREFIX = "base_model.model."
 
@@ -30,8 +31,8 @@ def export_adapters(
 
     base: where the base model in the public layout is, or will be, noted in the configuration. dtype: of the adapters
     (default: of the best precision they have). Returns `out`. Raises UserError where the checkpoint has no adapters,
-    where embeddings were trained too (an adapter cannot hold them), for a dense baseline, which has no public layout,
-    and for a folder that exists.
+    where embeddings were trained too (an adapter cannot hold them), for a dense baseline without a public layout
+    (kind=dense), and for a folder that exists.
     """
     out = Path(out)
     with Checkpoint(checkpoint) as source:
@@ -54,7 +55,7 @@ def export_adapters(
             pair = [_whole(source, f"{target.prefix}.{name}", target) for name in NAMES]
             a, b = pair if target.num_experts is None else _as_peft(*pair)
             for name, value in zip(NAMES, (a, b)):
-                tensors[f"{PREFIX}{target.prefix}.{name}.weight"] = value.to(dtype or value.dtype).contiguous()
+                tensors[f"{PREFIX}{_public(model, target)}.{name}.weight"] = value.to(dtype or value.dtype).contiguous()
         settings = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -64,8 +65,10 @@ def export_adapters(
             "lora_alpha": adapters.tune.lora_alpha,
             "lora_dropout": 0.0,
             "bias": "none",
-            "target_modules": [target.prefix for target in found if target.num_experts is None],
-            "target_parameters": [f"{target.prefix}.weight" for target in found if target.num_experts is not None],
+            "target_modules": [_public(model, target) for target in found if target.num_experts is None],
+            "target_parameters": [
+                f"{_public(model, target)}.weight" for target in found if target.num_experts is not None
+            ],
         }
     part = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.tmp")
     part.mkdir(parents=True)
@@ -77,6 +80,13 @@ def export_adapters(
         shutil.rmtree(part, ignore_errors=True)
         raise
     return out
+
+
+def _public(model: ModelConfig, target: Target) -> str:
+    """The adapted layer in the exported base model."""
+    if model.sparse:
+        return target.prefix
+    return gpt_neox.public_name(f"{target.prefix}.weight").removesuffix(".weight")
 
 
 def _whole(source: Checkpoint, key: str, target: Target) -> torch.Tensor:

@@ -18,6 +18,9 @@ SPARSE = {"n_att_experts": 4, "n_mlp_experts": 5, "n_mlp_experts_per_layer": [5,
 MODELS = {
     "shared keys": SIZES | SPARSE | {"n_head": 1, "att_hidden": 16},
     "projected keys": SIZES | SPARSE | {"n_head": 2, "att_hidden": 12},
+    "gpt_neox": SIZES
+    | {"kind": "gpt_neox", "n_head": 2, "att_hidden": 16, "parallel_residual": True}
+    | {"rotary_fraction": 0.5, "rotary_base": 100.0},
     "dense": SIZES | {"kind": "dense", "n_head": 2, "att_hidden": 12},
 }
 

@@ -22,6 +22,10 @@ from megamf.model.tuning import logical_parts, specialise
 
 SIZES = {"vocab_size": 61, "n_layer": 2, "n_embd": 16, "ffd_hidden": 20, "bos_token_id": None, "eos_token_id": 0}
 SPARSE = {"n_att_experts": 4, "n_mlp_experts": 5, "gating_size": 8, "n_head": 2, "att_hidden": 12}
+NEOX = {
+    "kind": "gpt_neox", "n_head": 2, "att_hidden": 16, "parallel_residual": True, "rotary_fraction": 0.5,
+    "rotary_base": 100.0,
+}  # fmt: skip
 TUNE = {"strategy": "lora", "lora_rank": 3, "lora_alpha": 5.0}
 
 
@@ -39,7 +43,7 @@ def write(root, tune: dict | None = None, changes: dict | None = None, **model):
         for name, parameter in tuned.named_parameters():
             if "lora_B" in name:
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    dense = config.kind == "dense"
+    dense = not config.sparse
     tree = {"kind": config.kind} | config.model_dump(mode="json", exclude_unset=dense)
     table = [] if dense else module_table(config.n_layer, config.n_att_experts, config.n_mlp_experts)
     for name, built in (("base", base), ("tuned", tuned)):
@@ -60,10 +64,12 @@ def logits(model, **options):
     return output.logits if hasattr(output, "logits") else model.logits(output.hidden_BTD)
 
 
-@pytest.mark.parametrize("remote", [False, True])
-@pytest.mark.parametrize("chosen", ["mlp", "all"])
-def test_logits_are_those_of_the_checkpoint(tmp_path, chosen, remote):
-    tuned = write(tmp_path, {"lora_targets": chosen})
+@pytest.mark.parametrize(
+    ("sizes", "chosen", "remote"),
+    [(SPARSE, "all", False), (SPARSE, "all", True), (SPARSE, "mlp", True), (NEOX, "all", False)],
+)
+def test_logits_are_those_of_the_checkpoint(tmp_path, sizes, chosen, remote):
+    tuned = write(tmp_path, {"lora_targets": chosen}, **sizes)
     export_hf(tmp_path / "base", tmp_path / "hf")
     folder = export_adapters(tuned, tmp_path / "adapter", base=str(tmp_path / "hf"))
     model = AutoModelForCausalLM.from_pretrained(
