@@ -2,10 +2,10 @@
 
     python -m megamf.experiments.corpora OUT [--only french german]
 
-Writes OUT/NAME-train.jsonl and OUT/NAME-valid.jsonl, a document a line (`text`, and `source`: the package), for NAME
-in `python` (source code), `english`, `french`, `german` and `chinese` (documentation and prose). Needs `apt-get` and
-`dpkg-deb`; the packages are downloaded and unpacked, not installed, so no rights are needed. The texts have licences of
-their own and are therefore built where they are used.
+Writes OUT/NAME-train.jsonl and OUT/NAME-valid.jsonl, a document a line (`text`, `source`: the package, and, but for
+`python`, `path`: the file in it), for NAME in `python` (source code), `english`, `french`, `german` and `chinese`
+(documentation and prose). Needs `apt-get` and `dpkg-deb`; the packages are downloaded and unpacked, not installed, so
+no rights are needed. The texts have licences of their own and are therefore built where they are used.
 
 A paragraph is taken when it reads as its language (share of the language's most frequent words, or of Han characters),
 which also drops code, tables and untranslated rests; a paragraph that occurred before is dropped. Every 50th document
@@ -147,7 +147,8 @@ def _language(language: Language, work: Path) -> Iterator[dict[str, str]]:
             text = "\n\n".join(kept)
             if len(text.encode()) >= MIN_DOCUMENT:
                 taken += 1
-                yield {"text": text, "source": package.name}
+                place = path.relative_to(work / package.name)
+                yield {"text": text, "source": package.name, "path": str(place)}
         if not taken:
             raise UserError(f"package {package.name} holds no usable text; it may have changed its layout")
 

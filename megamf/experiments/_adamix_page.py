@@ -1,0 +1,155 @@
+"""The page of `megamf.experiments.adamix`: tables and a picture out of what the runs left.
+
+The part of the page between READING_BEGIN and READING_END is written by hand and kept.
+"""
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megamf.experiments.stages import Study, table
+from megamf.modularity.pictures import require_matplotlib
+
+READING_BEGIN, READING_END = "<!-- reading: begin -->", "<!-- reading: end -->"
+
+
+def write(
+    study: Study, path: Path, classification: Sequence[Any], generation: Sequence[Any], runs: dict[str, str], seeds: int
+) -> None:
+    """Write the page and, in a folder of its name beside it, the picture."""
+    pictures = path.with_suffix("")
+    pictures.mkdir(parents=True, exist_ok=True)
+    found = {name: json.loads(study.path(f"{name}/adamix.json").read_text()) for name in runs}
+    stages = {file.stem: json.loads(file.read_text()) for file in (study.folder / "stages").glob("*.json")}
+    series = {
+        "sections": (classification, "accuracy", lambda scores: 100 * scores["accuracy"]),
+        "summaries": (generation, "loss a token", lambda scores: scores["loss"]),
+    }
+    _picture(found, series, seeds, pictures / "scores.png")
+    parts = [
+        "# Mixtures of adaptations, merged into one",
+        "Written by `python -m megamf.experiments.adamix --work DIR`, which runs every command below. Mean and "
+        f"standard deviation over {seeds} seeds (draws of copies, initial values, order of the examples).",
+        _reading(path),
+        "## Classification: which part of the kernel's documentation?",
+        _setting(found["sections-lora-0"], "MiniLM (6 layers of 384), frozen but for the modules and the classifier"),
+        _table(found, stages, "sections", classification, seeds, _classification_columns()),
+        "## Generation: what does a function do?",
+        _setting(found["summaries-lora-0"], "SmolLM2-135M (30 layers of 576), frozen but for the modules"),
+        _table(found, stages, "summaries", generation, seeds, _generation_columns()),
+        f"![scores of every seed]({pictures.name}/scores.png)",
+        "## Samples",
+        _samples(found, generation),
+        "## Commands",
+        "```\n" + "\n".join(command for name, command in runs.items() if name.endswith("-0")) + "\n```",
+        "and the same with the other seeds.",
+    ]
+    path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+
+
+def _reading(path: Path) -> str:
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    if READING_BEGIN in text and READING_END in text:
+        return text[text.index(READING_BEGIN) : text.index(READING_END) + len(READING_END)]
+    return f"{READING_BEGIN}\n{READING_END}"
+
+
+def _setting(record: dict[str, Any], model: str) -> str:
+    recipe, numbers = record["recipe"], record["examples"]
+    classes = f" of {len(record['labels'])} classes" if record["labels"] else ""
+    return (
+        f"{model}. {numbers['train']} training and {numbers['valid']} validation examples{classes}, "
+        f"{recipe['epochs']} epochs in batches of {recipe['batch_size']}. AdaMix has 4 copies; `merged` uses their "
+        "average, `random` draws copies for every batch. Learning rates are usual ones of each method, not searched."
+    )
+
+
+Columns = dict[str, Callable[[dict[str, Any]], float | None]]
+
+
+def _classification_columns() -> Columns:
+    def score(mode: str, name: str, factor: float) -> Callable[[dict[str, Any]], float | None]:
+        return lambda record: factor * record["scores"][mode][name] if mode in record["scores"] else None
+
+    return {
+        "accuracy %": score("merged", "accuracy", 100),
+        "macro F1 %": score("merged", "macro_f1", 100),
+        "loss": score("merged", "loss", 1),
+        "random: accuracy %": score("random", "accuracy", 100),
+        "random: loss": score("random", "loss", 1),
+    }
+
+
+def _generation_columns() -> Columns:
+    def score(mode: str, name: str) -> Callable[[dict[str, Any]], float | None]:
+        return lambda record: record["scores"][mode][name] if mode in record["scores"] else None
+
+    return {
+        "loss a token": score("merged", "loss"),
+        "chrF": score("generated", "chrf"),
+        "BLEU": score("generated", "bleu"),
+        "random: loss a token": score("random", "loss"),
+    }
+
+
+def _table(
+    found: dict[str, Any], stages: dict[str, Any], task: str, methods: Sequence[Any], seeds: int, columns: Columns
+) -> str:
+    rows = []
+    for method in methods:
+        records = [found[f"{task}-{method.name}-{seed}"] for seed in range(seeds)]
+        numbers = records[0]["parameters"]
+        seconds = [stages[f"{task}-{method.name}-{seed}"]["seconds"] for seed in range(seeds)]
+        merged = numbers["merged"] + numbers["head"]
+        cells = [mean_and_spread([column(record) for record in records]) for column in columns.values()]
+        counts = [f"{numbers['trained']:,}", f"{merged:,}" if merged else "all"]
+        rows.append([method.title, *counts, *cells, method.lr, f"{statistics.mean(seconds):.0f}"])
+    return table(["method", "trained", "once merged", *columns, "lr", "seconds"], rows)
+
+
+def mean_and_spread(values: Sequence[float | None]) -> str:
+    """`mean ± standard deviation` with as many digits as the spread justifies; a dash where there is nothing."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    mean = statistics.mean(known)
+    digits = 1 if abs(mean) >= 10 else 3
+    if len(known) == 1:
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ± {statistics.stdev(known):.{digits}f}"
+
+
+def _samples(found: dict[str, Any], methods: Sequence[Any]) -> str:
+    """The first generated lines of the first seed."""
+    rows = []
+    for index, sample in enumerate(found[f"summaries-{methods[0].name}-0"]["samples"][:4]):
+        texts = [found[f"summaries-{method.name}-0"]["samples"][index]["text"] for method in methods]
+        rows.append([_cell(sample["reference"]), *map(_cell, texts)])
+    return table(["docstring", *(method.title for method in methods)], rows)
+
+
+def _cell(text: str) -> str:
+    words = " ".join(text.split()).replace("|", "\\|").replace("`", "'")
+    return words if len(words) <= 90 else words[:90] + "…"
+
+
+def _picture(found: dict[str, Any], series: dict[str, Any], seeds: int, path: Path) -> None:
+    """A dot a seed for every method: filled for merged, hollow for random."""
+    pyplot = require_matplotlib()
+    figure, axes = pyplot.subplots(1, len(series), figsize=(11, 3.6), layout="constrained")
+    for axis, (task, (methods, label, score)) in zip(axes, series.items()):
+        for row, method in enumerate(methods):
+            for seed in range(seeds):
+                scores = found[f"{task}-{method.name}-{seed}"]["scores"]
+                axis.plot(score(scores["merged"]), row, "o", color="C0")
+                if "random" in scores:
+                    axis.plot(score(scores["random"]), row, "o", color="C1", markerfacecolor="none")
+        axis.set_yticks(range(len(methods)), [method.title for method in methods])
+        axis.invert_yaxis()
+        axis.set_xlabel(f"{label}{' (%)' if label == 'accuracy' else ''}")
+        axis.set_title(task)
+        axis.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
