@@ -8,10 +8,10 @@ from pathlib import Path
 from rich.console import Console
 
 from megamf.checkpoint import Checkpoint
-from megamf.config import ModelConfig
 from megamf.data.tokenizer import load_tokenizer
 from megamf.errors import UserError
-from megamf.evaluate.load import DTYPES, check_vocabulary
+from megamf.evaluate import load
+from megamf.evaluate.load import DTYPES
 from megamf.evaluate.weights import open_weights, trained_length
 from megamf.model import ModuleFormer
 from megamf.modularity.statistics import Statistics, collect, read_statistics
@@ -42,15 +42,15 @@ def opened(args: argparse.Namespace) -> Iterator[tuple[StreamedModel, int]]:
     """The model, one block at a time in memory, and the length of windows."""
     device = device_of(args)
     with open_weights(args.checkpoint, DTYPES[args.dtype]) as weights:
-        check_tokenizer(args, weights.model)
+        check_tokenizer(args)
         model = StreamedModel(weights, DTYPES[args.dtype], device)
         yield model, args.seq_len or trained_length(args.checkpoint)
 
 
-def check_tokenizer(args: argparse.Namespace, model: ModelConfig) -> None:
-    """Raise UserError where --tokenizer is given and makes ids that the model does not know."""
+def check_tokenizer(args: argparse.Namespace) -> None:
+    """Raise UserError where --tokenizer is given and is not that of the model."""
     if args.tokenizer is not None:
-        check_vocabulary(load_tokenizer(args.tokenizer), model.vocab_size)
+        load.check_tokenizer(load_tokenizer(args.tokenizer), args.checkpoint)
 
 
 def watch(args: argparse.Namespace, model: ModuleFormer, seq_len: int, prefix: str) -> Statistics:

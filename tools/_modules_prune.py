@@ -133,7 +133,7 @@ def _statistics_of_use(args: argparse.Namespace, source: Checkpoint) -> Statisti
 def _prune_curve(args: argparse.Namespace, config, choose, settings: list[float]) -> int:
     loss, seq_len = None, args.seq_len or trained_length(args.checkpoint)
     if args.data is not None:
-        check_tokenizer(args, config)
+        check_tokenizer(args)
         model, _ = load_model(args.checkpoint, DTYPES[args.dtype], device_of(args))
 
         def loss(keep) -> float:

@@ -17,7 +17,7 @@ from megamf.data.tokenizer import Tokenizer, load_tokenizer
 from megamf.errors import UserError
 from megamf.evaluate import humaneval, perplexity, words
 from megamf.evaluate.generation import Sampling
-from megamf.evaluate.load import DTYPES, check_vocabulary, load_model
+from megamf.evaluate.load import DTYPES, check_tokenizer, load_model
 from megamf.evaluate.sandbox import Limits, check_sandbox
 from megamf.evaluate.weights import is_public_folder, trained_length
 from megamf.model import ModuleFormer
@@ -31,9 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     _check(args)
     device = device_of(args)
     tokenizer = _tokenizer(args)
-    model, config = load_model(args.checkpoint, DTYPES[args.dtype], device)
     if tokenizer is not None:
-        check_vocabulary(tokenizer, config.vocab_size)
+        check_tokenizer(tokenizer, args.checkpoint)
+    model, config = load_model(args.checkpoint, DTYPES[args.dtype], device)
     seq_len = args.seq_len or trained_length(args.checkpoint)
     tree: dict[str, Any] = {"name": str(args.checkpoint), "seq_len": seq_len}
     for asked, measure in (

@@ -14,7 +14,7 @@ from megamf.cli import run
 from megamf.data.tokenizer import Tokenizer, load_tokenizer
 from megamf.errors import UserError
 from megamf.evaluate.generation import Sampling, generate, stream_text
-from megamf.evaluate.load import DTYPES, check_vocabulary, load_model
+from megamf.evaluate.load import DTYPES, check_tokenizer, load_model
 from megamf.tools._models import add_model_options, device_of, positive
 
 
@@ -24,9 +24,9 @@ def main(argv: list[str] | None = None) -> int:
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     device = device_of(args)
     tokenizer = load_tokenizer(args.tokenizer)
+    check_tokenizer(tokenizer, args.checkpoint)
     prompt = _prompt(args)
-    model, config = load_model(args.checkpoint, DTYPES[args.dtype], device)
-    check_vocabulary(tokenizer, config.vocab_size)
+    model, _ = load_model(args.checkpoint, DTYPES[args.dtype], device)
     prompt_ids = tokenizer.encode(prompt) or [tokenizer.eod_id]
 
     began = time.perf_counter()

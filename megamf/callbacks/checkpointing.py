@@ -33,6 +33,7 @@ from megamf.checkpoint import (
 )
 from megamf.checkpoint.layout import step_path, temporary_name
 from megamf.config import RunConfig, to_tree
+from megamf.data.loader import tokenizer_record
 from megamf.errors import UserError
 from megamf.heartbeat import beat
 from megamf.model.losses import Packed
@@ -60,6 +61,7 @@ class Checkpointing(Callback):
         self.writer = BackgroundWriter()
         self.buffers: dict[str, Tensor] | None = {} if config.checkpoint.background else None
         self.modules: list[Module] = _fresh_modules(config)
+        self.tokenizer = tokenizer_record(config)
         self.saved: tuple[int, int] | None = None
         self.router_sums: Packed | None = None
         self.resumed_from: Path | None = None
@@ -104,7 +106,7 @@ class Checkpointing(Callback):
         self._together(lambda: begin(self.root, step, nonce), undo=lambda: abort(tmp))
         # All collectives come before the first byte is written: a rank that meets a full disk leaves nobody waiting.
         tensors = snapshot(owned_state(trainer.engine, trainer.mesh), self.buffers)
-        state, model = training_state(trainer), to_tree(trainer.config)["model"]
+        state, model = training_state(trainer) | {"tokenizer": self.tokenizer}, to_tree(trainer.config)["model"]
         expected = expected_names(trainer.engine)
         run_id = state["run_id"]
 

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -259,6 +259,21 @@ def _split(dataset: IndexedDataset, valid_fraction: float) -> tuple[Documents, D
             "at least one must remain for training"
         )
     return Documents(dataset, 0, count - held), Documents(dataset, count - held, count)
+
+
+def tokenizer_record(config: RunConfig) -> dict[str, Any] | None:
+    """`name` and `sha256` (a list) of the tokenizer of the data, for a checkpoint; None where nothing tells.
+
+    By the datasets' metadata or else `data.tokenizer`. Raises UserError as `load_tokenizer` does.
+    """
+    for source in [*config.data.train, *config.data.valid]:
+        metadata = read_metadata(source.path)
+        if metadata is not None:
+            return {"name": metadata.tokenizer, "sha256": [metadata.tokenizer_sha256]}
+    if config.data.tokenizer is None:
+        return None
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    return {"name": tokenizer.name, "sha256": [tokenizer.sha256]}
 
 
 def _open(config: RunConfig, sources: list[Source]) -> list[IndexedDataset]:

@@ -1,6 +1,7 @@
 """A model ready for use from whatever holds its weights."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,6 +36,27 @@ def load_model(
         for name, parameter in model.named_parameters():
             parameter.copy_(weights.read(name))
     return model.eval(), weights.model
+
+
+def check_tokenizer(tokenizer: Tokenizer, path: Path | str) -> None:
+    """Raise UserError where the tokenizer is not that of the model at `path` (as `load_model` takes it).
+
+    It makes ids that the model does not know, or the checkpoint or folder names the tokenizer it belongs to and this is
+    another.
+    """
+    with open_weights(path) as weights:
+        check_vocabulary(tokenizer, weights.model.vocab_size)
+        check_recorded(tokenizer, weights.tokenizer, weights.path)
+
+
+def check_recorded(tokenizer: Tokenizer, recorded: dict[str, Any] | None, where: Path) -> None:
+    """Raise UserError where `recorded` (name and sha256, a list) is there and is of another tokenizer."""
+    if not recorded or tokenizer.sha256 in recorded["sha256"]:
+        return
+    raise UserError(
+        f"the tokenizer {tokenizer.name} (sha256 {tokenizer.sha256[:12]}) does not belong to {where}, whose own is "
+        f"{recorded['name']} (sha256 {', '.join(str(found)[:12] for found in recorded['sha256'])}): give that one"
+    )
 
 
 def check_vocabulary(tokenizer: Tokenizer, model_vocab: int) -> None:

@@ -21,6 +21,8 @@ class Weights(Protocol):
 
     path: Path
     model: ModelConfig
+    tokenizer: dict[str, Any] | None
+    """`name` and `sha256` (a list) of what is known to be the model's tokenizer."""
 
     def dtype(self, name: str) -> torch.dtype:
         """Stored dtype of one tensor."""
@@ -84,6 +86,7 @@ class CheckpointWeights:
         self.checkpoint = Checkpoint(path)
         self.path = self.checkpoint.path
         self.model = _model_of(self.checkpoint.model, self.path)
+        self.tokenizer = self.checkpoint.state.get("tokenizer")
         self._wanted = dtype
         self._adapters = adapters_of(self.checkpoint)
         # Of a tensor that was trained in part, the weights are all there is of the whole.

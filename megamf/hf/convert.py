@@ -69,8 +69,8 @@ def export_hf(
 
     `dtype`: of the files (default: as stored). `buffers`: with the two constant masks a layer of the released files,
     which the public package expects. `on_tensor(done, total)` in bytes. The folder appears whole or not at all.
-    Raises UserError for dense baselines, tensors that are missing or too many, a tokenizer with more ids than the
-    model, a folder that exists (without `overwrite`) and a full disk.
+    Raises UserError for dense baselines, tensors that are missing or too many, another tokenizer than the
+    model's, a folder that exists (without `overwrite`) and a full disk.
     """
     out = Path(out)
     with CheckpointWeights(Path(checkpoint), dtype) as weights:
@@ -90,7 +90,7 @@ def export_hf(
         try:
             report = None
             if tokenizer is not None:
-                report = export_tokenizer(Path(tokenizer), part, model.vocab_size)
+                report = export_tokenizer(Path(tokenizer), part, model.vocab_size, weights.tokenizer, weights.path)
                 public |= {"bos_token_id": report.bos_id, "eos_token_id": report.eod_id}
             _write_weights(part, lambda entry: weights.read(own[entry.name]), shards, names, total, on_tensor)
             public |= {"torch_dtype": main_dtype}
@@ -190,6 +190,8 @@ def import_hf(
             "consumed_tokens": 0,
             "origin": {"format": "public ModuleFormer layout", "name": folder.resolve().name},
         }
+        if weights.tokenizer is not None:
+            state["tokenizer"] = weights.tokenizer
         modules = []
         if weights.config is None:
             state["origin"]["format"] = "GPT-NeoX layout"

@@ -1,5 +1,6 @@
 """The weights and the configuration of a Hugging Face folder: the public ModuleFormer layout, or GPT-NeoX."""
 
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -44,6 +45,7 @@ class FolderWeights:
             self.model: ModelConfig = gpt_neox.to_model_config(tree) if neox else to_model_config(self.config)
         except (ValueError, TypeError) as error:
             raise UserError(f"{self.path}: {error}") from None
+        self.tokenizer = tokenizer_record(self.path)
         self.source: Source = PickledTensors(self.path) if pickled else SafeTensors(self.path)
         buffer = gpt_neox.BUFFER if neox else BUFFER
         stored = [name for name in self.source.names() if not buffer.fullmatch(name)]
@@ -89,6 +91,13 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not model.sparse:
         raise UserError(f"a model of kind={model.kind} has no public layout; moduleformer and gpt_neox have one")
     return public_shapes(model)
+
+
+def tokenizer_record(folder: Path) -> dict[str, Any] | None:
+    """`name` and `sha256` (of each file that says the same) of the tokenizer in a folder; None where there is none."""
+    files = [folder / "tokenizer.json", *sorted(folder.glob("*.model"))]
+    found = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()]
+    return {"name": folder.resolve().name, "sha256": found} if found else None
 
 
 def read_tree(folder: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from megamf.data.tokenizer import SPACE_MARK, Tokenizer, load_tokenizer, require
 from megamf.errors import UserError
-from megamf.evaluate.load import check_vocabulary
+from megamf.evaluate.load import check_recorded, check_vocabulary
 
 # Score of entries that plain text must never become: below any path through the real pieces.
 NEVER = -1e4
@@ -41,13 +41,17 @@ class TokenizerReport:
         return f"ids differ on {self.differing} of {self.compared} fuzzed texts, first on {self.example!r}"
 
 
-def export_tokenizer(source: Path, out: Path, model_vocab: int) -> TokenizerReport:
+def export_tokenizer(
+    source: Path, out: Path, model_vocab: int, recorded: dict[str, Any] | None = None, where: Path = Path("the model")
+) -> TokenizerReport:
     """Write the tokenizer at `source` (as `load_tokenizer` takes it) into the folder `out` for AutoTokenizer.
 
-    Raises UserError where the tokenizer has more ids than the model's vocabulary.
+    `recorded`: name and sha256 (a list) of the tokenizer that the model at `where` is known to have. Raises UserError
+    where the tokenizer is another, or has more ids than the model's vocabulary.
     """
     tokenizer = load_tokenizer(source)
     check_vocabulary(tokenizer, model_vocab)
+    check_recorded(tokenizer, recorded, where)
     file = _file_of(source)
     target = out / "tokenizer.json"
     if file.suffix == ".json":

@@ -1,15 +1,27 @@
 """Sentencepiece models as fast tokenizers: same ids and the same text back, on fuzzed text and source code."""
 
+import hashlib
 import inspect
+import io
 import json
 import textwrap
 
 import pytest
+import sentencepiece
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from megamf.cli import run
+from megamf.config import ModelConfig
 from megamf.data.tokenizer import load_tokenizer, train_sentencepiece
 from megamf.errors import UserError
 from megamf.hf.tokenizer import export_tokenizer, fuzzed_texts
+from megamf.model import ModuleFormer, initialise
+from megamf.tools.evaluate import main as evaluate
+from megamf.tools.export_hf import main as export
+from megamf.tools.generate import main as generate
+from megamf.tools.import_hf import main as import_hf
 
 
 def corpus():
@@ -41,12 +53,40 @@ def test_same_ids(models, tmp_path, kind):
     assert (tmp_path / "tokenizer.model").read_bytes() == (models / f"{kind}.model").read_bytes()
 
 
+@pytest.fixture(scope="module")
+def converted(models, tmp_path_factory):
+    """Kind -> (ours, the fast tokenizer made of it, the sentencepiece scores of all pieces)."""
+    found = {}
+    for kind in ("bpe", "unigram"):
+        out = tmp_path_factory.mktemp(kind)
+        export_tokenizer(models / f"{kind}.model", out, 700)
+        library = sentencepiece.SentencePieceProcessor(model_file=str(models / f"{kind}.model"))
+        scores = [library.get_score(i) for i in range(700)]
+        found[kind] = load_tokenizer(models / f"{kind}.model"), AutoTokenizer.from_pretrained(out), scores
+    return found
+
+
+BLANKS = st.text(" \t\n\r\u00a0\u2003\u3000\u2581\u200b", max_size=12)
+CONTROL = st.text([chr(i) for i in (*range(32), 127, 0x85, 0xAD, 0x200E, 0x2028, 0xFEFF, 0xFFFD, 0xFFFF)], max_size=6)
+SPELLED = st.sampled_from(["<s>", "</s>", "<unk>", "<0x41>", "<0xE4>", "def f(x):\n    return", "self.", "0123456789"])
+TEXTS = st.lists(st.one_of(st.text(max_size=12), BLANKS, CONTROL, SPELLED), max_size=8).map("".join)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(text=TEXTS)
+def test_any_text_has_the_same_ids_and_comes_back(converted, text):
+    for kind, (ours, theirs, scores) in converted.items():
+        expected, found = ours.encode(text), theirs(text)["input_ids"]
+        if kind == "bpe":
+            assert found == expected
+        elif found != expected:
+            # The best split of a unigram model is not unique: another one is as good, to rounding.
+            assert sum(scores[i] for i in found) == pytest.approx(sum(scores[i] for i in expected), rel=1e-5)
+        assert theirs.decode(found, skip_special_tokens=True) == ours.decode(expected) == text
+
+
 def test_a_model_with_the_customary_normalisation(tmp_path):
     """Sentencepiece's defaults: NFKC, a space before every text, runs of spaces collapsed."""
-    import io
-
-    import sentencepiece
-
     trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(" ".join(corpus()).split("\n")), model_writer=trained, vocab_size=600, model_type="bpe",
@@ -91,3 +131,37 @@ def test_a_tokenizer_too_large_for_the_model(models, tmp_path):
     with pytest.raises(UserError, match="700 ids, the model's vocabulary 699"):
         export_tokenizer(models / "bpe.model", tmp_path, 699)
     assert not list(tmp_path.iterdir())
+
+
+def test_another_tokenizer_than_the_checkpoint_was_trained_with(models, tmp_path, save_model, capsys):
+    """Of equal size, so that only the recorded checksum tells; refused by every job, with nothing written."""
+    size = {"vocab_size": 700, "n_layer": 1, "n_embd": 16, "att_hidden": 16, "ffd_hidden": 16}
+    config = ModelConfig(**size, n_att_experts=2, n_mlp_experts=2, gating_size=4)
+    model = ModuleFormer(config)
+    initialise(model, config, 0)
+    right, wrong = models / "bpe.model", models / "unigram.model"
+    recorded = {"name": "bpe", "sha256": [hashlib.sha256(right.read_bytes()).hexdigest()]}
+    step = str(save_model(tmp_path / "run", model, 1, {"tokenizer": recorded}))
+    out, other = str(tmp_path / "out"), str(tmp_path / "other")
+    text = tmp_path / "text.txt"
+    text.write_text("def f(x): return x\n" * 20)
+
+    def refused(job, *words):
+        assert run(job, [*words]) == 2
+        said = capsys.readouterr().err
+        assert "the tokenizer unigram" in said and "does not belong to" in said and recorded["sha256"][0][:12] in said
+
+    refused(export, step, out, "--tokenizer", str(wrong))
+    refused(generate, step, "--tokenizer", str(wrong), "--prompt", "def")
+    refused(evaluate, step, "--tokenizer", str(wrong), "--text", str(text))
+    assert not (tmp_path / "out").exists()
+    # What is exported, and imported again, knows its tokenizer by either of its files.
+    assert run(export, [step, out, "--tokenizer", str(right)]) == 0
+    refused(generate, out, "--tokenizer", str(wrong), "--prompt", "def")
+    assert run(import_hf, [out, other]) == 0
+    refused(export, other, str(tmp_path / "again"), "--tokenizer", str(wrong))
+    for tokenizer in (right, tmp_path / "out"):
+        for place in (out, other):
+            words = [place, "--tokenizer", str(tokenizer), "--prompt", "def", "--max-new-tokens", "2"]
+            assert run(generate, words) == 0, capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
