@@ -1,16 +1,19 @@
 """Adapters in a model: nothing changes at first, gradients are those of W + s A B, and nothing else has one."""
 
 import copy
+import functools
 
 import pytest
 import torch
 
+from megamf.adapt import lora
 from megamf.adapt.lora import adapter_shapes, attach, scaling, targets
 from megamf.config import ModelConfig
 from megamf.config.run import Tune
-from megamf.model import ModuleFormer, initialise
+from megamf.model import ModuleFormer, experts, initialise
 from megamf.model.objective import Objective
 from megamf.model.tuning import logical_parts, specialise
+from megamf.ops.grouped_linear import routed_linear
 from megamf.parallel.state import global_shapes
 
 SIZES = {"vocab_size": 61, "n_layer": 2, "n_embd": 16, "ffd_hidden": 20, "bos_token_id": None, "eos_token_id": 0}
@@ -137,3 +140,18 @@ def test_no_adapters_unless_asked_for():
     names = [name for name, _ in model.named_parameters()]
     attach(model, Tune(), 0)
     assert [name for name, _ in model.named_parameters()] == names
+
+
+def test_adapters_inside_fused_products(monkeypatch):
+    """Where tokens are gathered and scattered inside of products, adapters add the same."""
+    tuned = adapted(make_model("shared keys"), Tune(strategy="lora", lora_rank=3), moved=True).train()
+    loss_of(tuned).backward()
+    expected = {name: parameter.grad for name, parameter in tuned.named_parameters() if parameter.requires_grad}
+    tuned.zero_grad()
+    for module in (lora, experts):
+        monkeypatch.setattr(module, "routed_linear", functools.partial(routed_linear, backend="naive"))
+    monkeypatch.setattr(experts.RoutedExperts, "fuses", lambda *_: True)
+    loss_of(tuned).backward()
+    for name, parameter in tuned.named_parameters():
+        if parameter.requires_grad:
+            assert (parameter.grad - expected[name]).norm() <= 1e-9 * expected[name].norm(), name
