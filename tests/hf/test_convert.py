@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-import megamf.hf  # noqa: F401  (registers the model type)
+import megamf.hf
 from megamf.checkpoint import EXP_AVG, MASTER, Checkpoint, module_table, save
 from megamf.errors import UserError
 from megamf.evaluate import load_model
@@ -84,25 +84,64 @@ def test_every_loader_gives_the_same_logits(checkpoint, tmp_path):
 UNEVEN = {"n_att_experts_per_layer": [2, 4], "n_mlp_experts_per_layer": [5, 3]}
 
 
-@pytest.mark.parametrize("changes", [{}, UNEVEN], ids=["even", "uneven layers"])
-def test_an_export_loads_without_megamf(checkpoint, tmp_path, changes):
-    step, _ = checkpoint(**changes)
-    out = tmp_path / "out"
-    export_hf(step, out)
-    model, _ = load_model(step, torch.float64)
-    script = (
-        "import sys, torch\n"
-        "from transformers import AutoModelForCausalLM\n"
-        f"model = AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True, dtype=torch.float64)\n"
-        "assert not any(name.split('.')[0] == 'megamf' for name in sys.modules)\n"
-        f"x = torch.tensor({ids().tolist()})\n"
-        f"torch.save(model(x).logits, {str(tmp_path / 'logits.pt')!r})\n"
-        "assert model.generate(x, max_new_tokens=3, do_sample=False, eos_token_id=None).shape == (2, 12)\n"
-    )
+WITHOUT_MEGAMF = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+found = {}
+for name, work in json.load(open(sys.argv[1])).items():
+    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True, dtype=torch.float64)
+    x, mask = torch.tensor(work["input"]), torch.tensor(work["mask"])
+    made = []
+    for how in work["how"]:
+        torch.manual_seed(5)
+        made.append(model.generate(x, attention_mask=mask, **how).tolist())
+    classes = AutoModelForSequenceClassification.from_pretrained(name, trust_remote_code=True, dtype=torch.float64)
+    torch.nn.init.normal_(classes.score.weight)
+    classes.save_pretrained(name + "-classes")
+    labels = torch.tensor([1, 0])
+    found[name] = {
+        "logits": model(x).logits.tolist(), "made": made, "score": classes(x, attention_mask=mask).logits.tolist(),
+        "loss": classes(x, attention_mask=mask, labels=labels).loss.item(),
+    }
+assert not any(name.split(".")[0] == "megamf" for name in sys.modules)
+json.dump(found, open(sys.argv[2], "w"))
+"""
+WAYS = [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 7}, {"num_beams": 2, "do_sample": True}]
+
+
+def test_exports_run_without_megamf_as_they_do_with_it(checkpoint, tmp_path):
+    """Logits, generation with left padding in every way, with a cache and without, and the classification head."""
+    common = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": 2}
+    how = [{**common, **way, "use_cache": cached} for way in WAYS for cached in (True, False)]
+    mask = torch.ones_like(ids())
+    mask[0, :3] = 0
+    work = {}
+    for name, changes in (("even", {}), ("uneven", UNEVEN), ("shared", {"n_head": 1, "att_hidden": 16})):
+        step, _ = checkpoint(name=f"run-{name}", **changes)
+        export_hf(step, tmp_path / name)
+        work[name] = {"input": ids().tolist(), "mask": mask.tolist(), "how": how}
+    (tmp_path / "work.json").write_text(json.dumps(work))
     environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, env=environment, timeout=120)
-    found = torch.load(tmp_path / "logits.pt", weights_only=True)
-    assert torch.allclose(found, model.logits(model(ids()).hidden_BTD), rtol=1e-11, atol=1e-12)
+    command = [sys.executable, "-c", WITHOUT_MEGAMF, "work.json", "found.json"]
+    subprocess.run(command, check=True, cwd=tmp_path, env=environment, timeout=400)
+    for name, found in json.loads((tmp_path / "found.json").read_text()).items():
+        ours, _ = load_model(tmp_path / f"run-{name}", torch.float64)
+        expected = ours.logits(ours(ids()).hidden_BTD)
+        assert torch.allclose(torch.tensor(found["logits"], dtype=torch.float64), expected, rtol=1e-11, atol=1e-12)
+        native = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=torch.float64)
+        assert type(native) is megamf.hf.ModuleFormerForCausalLM
+        for way, made in zip(how, found["made"]):
+            torch.manual_seed(5)
+            assert native.generate(ids(), attention_mask=mask, **way).tolist() == made, (name, way)
+        assert all(made == again for made, again in zip(found["made"][::2], found["made"][1::2]))
+        # Four ways, and no two of them say the same.
+        assert len({str(made) for made in found["made"]}) >= 3
+        classes = AutoModelForSequenceClassification.from_pretrained(tmp_path / f"{name}-classes", dtype=torch.float64)
+        assert type(classes) is megamf.hf.ModuleFormerForSequenceClassification
+        output = classes(ids(), attention_mask=mask, labels=torch.tensor([1, 0]))
+        assert torch.allclose(output.logits, torch.tensor(found["score"], dtype=torch.float64), rtol=1e-9)
+        assert output.loss.item() == pytest.approx(found["loss"], rel=1e-6)
 
 
 def test_uneven_layers_survive_export_and_import(checkpoint, tmp_path):

@@ -1,9 +1,13 @@
 """The public layout against the published numbers of the released 8B files."""
 
+import pytest
 import torch
 
+import megamf.hf
 from megamf.config import load_config
-from megamf.hf.layout import Entry, header, mask_buffer, plan_shards, public_entries, public_shapes, shard_names
+from megamf.hf.configuration import to_public
+from megamf.hf.layout import BUFFER, Entry, header, mask_buffer, plan_shards, public_entries, public_shapes, shard_names
+from megamf.hf.portable import modeling_moduleformer as portable
 
 
 def released():
@@ -21,6 +25,22 @@ def test_shards_of_the_released_files():
     shards = plan_shards(released(), 10 * 10**9)
     assert [sum(entry.num_bytes for entry in shard) for shard in shards] == [9_993_108_480, 6_521_979_904]
     assert shards[1][0].name == "transformer.h.29.attn.q_proj.output_experts.weight"
+
+
+@pytest.mark.parametrize("room", [megamf.hf, portable], ids=["native", "portable"])
+def test_the_released_8b_is_that_of_the_classes(room):
+    """Built on the meta device: every parameter of the classes is one tensor of the released files, in their shape."""
+    model = load_config(preset="molm-700m-8b").model
+    with torch.device("meta"):
+        built = room.ModuleFormerForCausalLM(portable.ModuleFormerConfig(**to_public(model))).bfloat16()
+    state = built.state_dict()
+    entries = {entry.name: entry for entry in released()}
+    masks = {name for name in entries if BUFFER.fullmatch(name)}
+    assert len(masks) == 96 and state.keys() == entries.keys() - masks
+    assert all(tuple(value.shape) == entries[name].shape for name, value in state.items())
+    held = sum(value.numel() * value.itemsize for value in state.values())
+    # Of each layer 1024 x 1024 booleans in a byte each, and as many weights in two.
+    assert held + 48 * 1024**2 * 3 == 16_515_088_384 and len(state) + 96 == 772
 
 
 def test_bytes_of_the_released_4b_file():

@@ -106,6 +106,36 @@ def test_classification_and_bare_model(public_folder):
     assert torch.allclose(logits, hidden[:, -1] @ model.score.weight.T, rtol=1e-11)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("room", [megamf.hf, portable], ids=["native", "portable"])
+def test_classification_is_fine_tuned_and_comes_back(public_folder, tmp_path, room, side):
+    """A step reduces the loss; the last real token is what counts, wherever padding stands; saved and loaded again."""
+    kind = room.ModuleFormerForSequenceClassification
+    uneven = {"n_att_experts_per_layer": [2, 4], "n_mlp_experts_per_layer": [5, 3]}
+    model = kind.from_pretrained(public_folder(**uneven), num_labels=3, pad_token_id=0, dtype=torch.float64).train()
+    x, mask = ids(2, 7), torch.ones(2, 7, dtype=torch.long)
+    padding = slice(3) if side == "left" else slice(4, None)
+    x[0, padding], mask[0, padding] = 0, 0
+    labels = torch.tensor([2, 0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    losses = []
+    for _ in range(4):
+        loss = model(x, attention_mask=mask, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0] - 0.01
+    assert all(parameter.grad.abs().max() > 0 for name, parameter in model.named_parameters() if "score" in name)
+    model.eval()
+    row = x[:1, 3:] if side == "left" else x[:1, :4]
+    batch = model(x, attention_mask=mask).logits
+    assert torch.allclose(batch[:1], model(row).logits, rtol=1e-10)
+    model.save_pretrained(tmp_path / "tuned")
+    again = kind.from_pretrained(tmp_path / "tuned", dtype=torch.float64)
+    assert torch.equal(again(x, attention_mask=mask).logits, batch) and again.config.num_labels == 3
+
+
 def test_missing_weights_are_initialised_and_nothing_else(public_folder):
     from safetensors.torch import load_file, save_file
 

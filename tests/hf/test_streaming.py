@@ -73,6 +73,16 @@ def test_damaged_indices(tmp_path, index, message):
         tensor_files(tmp_path)
 
 
+def test_files_that_would_be_left_out_are_told(tmp_path):
+    sharded(tmp_path, {"a": "model-1.safetensors", "b": "model-2.safetensors"})
+    save_file({"c": torch.ones(2)}, str(tmp_path / "model-3.safetensors"))
+    with pytest.raises(UserError, match=r"holds model-3\.safetensors, which neither is .* nor is named by"):
+        tensor_files(tmp_path)
+    (tmp_path / "model-3.safetensors").rename(tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"holds both model\.safetensors and model\.safetensors\.index\.json"):
+        tensor_files(tmp_path)
+
+
 def test_pickles_are_never_opened(tmp_path):
     class Bomb:
         def __reduce__(self):

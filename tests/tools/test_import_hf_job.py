@@ -46,3 +46,21 @@ def test_mistakes(folder, tmp_path, capsys):
     assert "pickled weights only" in capsys.readouterr().err
     assert run(main, [str(tmp_path / "none"), str(tmp_path / "other")]) == 2
     assert not (tmp_path / "other").exists()
+
+
+def test_tensors_that_do_not_belong(folder, tmp_path, capsys):
+    place, weights = folder
+    first = next(iter(weights))
+    for change, message in (
+        ({first: None}, f"missing: {first}"),
+        ({"lm_head.bias": torch.ones(20)}, "of no use: lm_head.bias"),
+        ({first: torch.ones(3)}, f"{first} has shape [3]"),
+    ):
+        edited = {name: value for name, value in (weights | change).items() if value is not None}
+        save_file(edited, str(place / "model.safetensors"))
+        before = {path.name: path.read_bytes() for path in place.iterdir()}
+        assert run(main, [str(place), str(tmp_path / "ck")]) == 2
+        said = capsys.readouterr().err.replace("\n", " ")
+        assert message in said and "Traceback" not in said
+        assert {path.name for path in tmp_path.iterdir()} == {"public"}
+        assert {path.name: path.read_bytes() for path in place.iterdir()} == before
