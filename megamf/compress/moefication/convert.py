@@ -119,7 +119,10 @@ def sparse_layer(
 ) -> SparseFfn:
     """The sparse layer with the weights of the dense one, neurons of an expert in ascending order."""
     order_M = label_M.argsort(stable=True)
-    sparse = SparseFfn.like(layer.holder, layer.form, about)
+    given = {"gate": layer.gate_bias_M, "up": layer.up_bias_M, "out": layer.out_bias_O}
+    biases = [name for name, bias in given.items() if bias is not None]
+    (D, M), O = layer.gate_DM.shape, layer.out_MO.shape[1]
+    sparse = SparseFfn.of_sizes(D, M, O, layer.up_DM is not None, biases, about).to(layer.gate_DM)
     E, D, size = sparse.gate_EDF.shape
 
     def by_expert(weight_DM: torch.Tensor) -> torch.Tensor:

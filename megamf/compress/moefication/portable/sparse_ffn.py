@@ -134,22 +134,27 @@ class SparseFfn(nn.Module):
     def like(cls, holder, form, settings):
         """An empty sparse layer with the sizes, dtype and device of a dense one; settings: of the whole model."""
         gate, up, out = (part(holder, form[key]) if form[key] else None for key in ("gate", "up", "out"))
-        D, hidden = matrix(gate).shape
+        named = {"gate": gate, "up": up, "out": out}
+        biases = [key for key, value in named.items() if getattr(value, "bias", None) is not None]
+        layer = cls.of_sizes(*matrix(gate).shape, matrix(out).shape[1], up is not None, biases, settings)
+        return layer.to(device=gate.weight.device, dtype=gate.weight.dtype)
+
+    @classmethod
+    def of_sizes(cls, D, hidden, O, up, biases, settings):
+        """An empty sparse layer in the place of `hidden` neurons from D to O."""
         size = settings["expert_size"]
         if hidden % size:
             raise ValueError(f"{hidden} neurons cannot be shared out to experts of {size}")
-        named = {"gate": gate, "up": up, "out": out}
-        biases = [key for key, value in named.items() if getattr(value, "bias", None) is not None]
-        layer = cls(
-            (hidden // size, D, size, matrix(out).shape[1]),
+        shape, given = (hidden // size, D, size, O), settings
+        return cls(
+            shape,
             settings["num_selected"],
             settings["router"],
             settings["activation"],
             settings["weighted"],
-            up is not None,
+            up,
             biases,
         )
-        return layer.to(device=gate.weight.device, dtype=gate.weight.dtype)
 
     def activation(self, x):
         return ACTIVATIONS[self.activation_name](x)
