@@ -49,9 +49,9 @@ def test_stages_and_page(study, monkeypatch):
     tuned = moefication.tuned(study, "relu", tokens=512, documents=4, steps=2)
     speeds = moefication.whole_model_times(study, "tiny", share=0.25)
     assert [row["tokens"] for row in speeds] == [1, 16, 256] and all(row["sparse"] > 0 for row in speeds)
-    one = moefication.ffn_times(16, 64, gated=False, activation="relu", tokens=(1, 2), repeats=2)
+    one = moefication.ffn_times(16, 128, gated=False, activation="relu", tokens=(1, 2), repeats=2)
     stages = {f"relu-{split}": result for split, result in results.items()}
-    stages |= {"relu": trained, "relu-tuned": tuned, "times": {"16 x 64": one}, "model-times": speeds}
+    stages |= {"relu": trained, "relu-tuned": tuned, "times": {"16 x 128": one}, "model-times": speeds}
     for name, result in stages.items():
         study.path(f"stages/{name}.json").write_text(json.dumps({"result": result}))
     page.write(study, study.path("page.md"), ["relu"], 25)

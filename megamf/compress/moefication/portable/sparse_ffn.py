@@ -145,7 +145,7 @@ class SparseFfn(nn.Module):
         size = settings["expert_size"]
         if hidden % size:
             raise ValueError(f"{hidden} neurons cannot be shared out to experts of {size}")
-        shape, given = (hidden // size, D, size, O), settings
+        shape = (hidden // size, D, size, O)
         return cls(
             shape,
             settings["num_selected"],
