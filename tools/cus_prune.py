@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"give documents for at least one of {', '.join(f'--{name}' for name in DIMENSIONS)}")
     for name, methods in OWN.items():
         if args.method not in methods and getattr(args, name) != parser.get_default(name):
-            option = name.replace("_", "-")
+            option = "absolute" if name == "relative" else name.replace("_", "-")
             raise UserError(f"--{option} changes nothing for --method {args.method}, only for {', '.join(methods)}")
     settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
     settings.check()
@@ -186,7 +186,10 @@ def _parser() -> argparse.ArgumentParser:
         default=defaults.scale,
         help="one threshold of the change, or of its rank (%(default)s)",
     )
-    parser.add_argument("--relative", action="store_true", help="changes as shares of the stream that they are made in")
+    parser.add_argument(
+        "--absolute", dest="relative", action="store_false",
+        help="changes as they are, and not as shares of the norm of the stream that they are made in",
+    )  # fmt: skip
     parser.add_argument(
         "--qk-tokens", type=positive, default=QK_TOKENS, metavar="N",
         help="tokens of a document that queries and keys are measured on; the time grows with the square (%(default)s)",
