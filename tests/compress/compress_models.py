@@ -15,14 +15,14 @@ from transformers import (
 from megamf.hf import ModuleFormerConfig, ModuleFormerForCausalLM
 
 
-def llama(kind: str = "llama"):
+def llama(kind: str = "llama", layers: int = 2):
     config, model = {
         "llama": (LlamaConfig, LlamaForCausalLM),
         "mistral": (MistralConfig, MistralForCausalLM),
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     }[kind]
     torch.manual_seed(0)
-    sizes = {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2}
+    sizes = {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": layers}
     return model(config(vocab_size=40, num_attention_heads=6, num_key_value_heads=2, **sizes)).eval()
 
 
