@@ -26,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     from megamf.adapt import adamix, finetune, folders, loading
     from megamf.adapt.scores import generate, text_scores
 
+    _quieten_transformers()
     _refuse_without_effect(args)
     folders.check_out(args.out)
     device = device_of(args)
@@ -80,6 +81,14 @@ def _require_packages() -> None:
         raise UserError(f"adaptation needs {error.name}: pip install 'megamf[adapt]'") from None
 
 
+def _quieten_transformers() -> None:
+    """The task head is new by design, and the job has a progress bar of its own."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def _refuse_without_effect(args: argparse.Namespace) -> None:
     from megamf.adapt.mixture import MODES
 
@@ -90,6 +99,8 @@ def _refuse_without_effect(args: argparse.Namespace) -> None:
         raise UserError(f"--epochs {args.epochs} needs examples: --train F")
     if args.generate and args.task != "generation":
         raise UserError(f"--generate {args.generate} has no effect with --task {args.task}")
+    if args.method == "full" and args.dtype in ("bfloat16", "float16"):
+        raise UserError(f"--method full with --dtype {args.dtype} would lose small updates to rounding: use float32")
     if args.pair_column and args.task == "generation":
         raise UserError(f"--pair-column {args.pair_column} has no effect with --task generation")
     if args.adapters:

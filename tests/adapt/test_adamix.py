@@ -251,3 +251,23 @@ def test_unknown_mode_and_copy(make):
         route(pairs, "fixed", index=2)
     with pytest.raises(UserError, match="best"):
         route(pairs, "best")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "method"),
+    [
+        ("bert", "classification", "lora"),
+        ("bert", "classification", "adapter"),
+        ("llama", "generation", "adapter"),
+        ("molm", "generation", "lora"),
+    ],
+)
+def test_a_base_in_bfloat16_has_modules_in_float32(tiny_models, example_rows, name, kind, method):
+    task = Task(kind, load_tokenizer(tiny_models / name), 24, labels=LABELS.get(kind, []))
+    base = load_base(tiny_models / name, task, torch.bfloat16)
+    model = prepare(base, AdamixConfig(method, modules=2, rank=2), kind)
+    pairs = pairs_of(model)
+    assert {p.dtype for pair in pairs for p in (*pair.down.parameters(), *pair.up.parameters())} == {torch.float32}
+    examples = task.encode(example_rows(kind, 12), "rows")
+    history = train(model, task, examples, Recipe(epochs=8, batch_size=6, lr=3e-2))
+    assert history[-1]["loss"] < history[0]["loss"]

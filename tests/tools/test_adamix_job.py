@@ -100,6 +100,7 @@ def test_mistakes_leave_nothing(place, tmp_path, capsys):
         "'best' is not one of": [*usual, "--modes", "merged,best"],
         "places are those of adapters": [*usual, "--places", "mlp"],
         "--rank 2 has no effect": [*usual, "--method", "full"],
+        "would lose small updates": [*without_rank, "--method", "full", "--dtype", "bfloat16"],
         "warmup=2.0": [*usual, "--warmup", "2"],
         "was trained for classification": [
             *[word if word != "classification" else "regression" for word in without_rank], "--adapters", f"{saved}",
