@@ -42,7 +42,14 @@ def test_gmm_logits(make_config):
     assert torch.allclose(router.logits(inputs()), math.exp(router.temperature.item()) * cosine, rtol=1e-12)
 
 
-@pytest.mark.parametrize("gate_type", ["mlp", "linear", "gmm"])
+def test_tanh_gate(make_config):
+    router = make_router(make_config, gate_type="tanh")
+    first, last = router.w_gate[0].weight, router.w_gate[2].weight
+    for x, found in zip(inputs(), router.logits(inputs())):
+        assert torch.allclose(found, last @ torch.tanh(first @ (x / x.norm())), rtol=1e-12)
+
+
+@pytest.mark.parametrize("gate_type", ["mlp", "linear", "gmm", "tanh"])
 def test_routing_and_statistics(make_config, gate_type):
     router = make_router(make_config, gate_type=gate_type).eval()
     x_ND = inputs()
@@ -52,8 +59,9 @@ def test_routing_and_statistics(make_config, gate_type):
     for n in range(7):
         chosen = sorted(range(5), key=lambda e: -p[n, e].item())[:3]
         assert routing.expert_NK[n].tolist() == chosen
-        # The gates are raw probabilities: they do not add up to one.
-        assert torch.allclose(routing.gate_NK[n], p[n, chosen], rtol=1e-12)
+        # The gates are raw probabilities, which do not add up to one; those of parts of a sum are 1 each.
+        gates = torch.ones(3, dtype=torch.float64) if gate_type == "tanh" else p[n, chosen]
+        assert torch.allclose(routing.gate_NK[n], gates, rtol=1e-12)
     stats = routing.stats
     assert torch.allclose(stats.prob_E, p.sum(0))
     assert torch.allclose(stats.entropy, -(p * p.log()).sum())
@@ -86,7 +94,7 @@ def test_no_tokens(make_config, drawn):
     assert routing.expert_NK.shape == (0, 3) and routing.stats.count_E.tolist() == [0] * 5
 
 
-@pytest.mark.parametrize("gate_type", ["mlp", "linear", "gmm"])
+@pytest.mark.parametrize("gate_type", ["mlp", "linear", "gmm", "tanh"])
 def test_low_precision_models_route_in_float32(make_config, gate_type):
     router = make_router(make_config, gate_type=gate_type).bfloat16().eval()
     routing = router(inputs().bfloat16())

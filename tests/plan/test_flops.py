@@ -32,7 +32,7 @@ def test_total_is_that_of_the_built_model(preset):
     assert count_parameters(model).total == sum(p.numel() for p in built.parameters())
 
 
-@pytest.mark.parametrize("gate_type", ["mlp", "linear", "gmm"])
+@pytest.mark.parametrize("gate_type", ["mlp", "linear", "gmm", "tanh"])
 @pytest.mark.parametrize("heads", [1, 4])
 def test_every_gate_and_projection_is_counted(gate_type, heads):
     model = ModelConfig(
