@@ -20,11 +20,13 @@ SHARES = "0 0.05 0.1 0.15 0.2 0.3 0.4 0.5 0.6 0.7"
 RANDOM_SEEDS = (0, 1, 2)
 PENALTIES = {"inserted": ("0", "0.01", "0.1"), "router_rows": ("0", "0.001", "0.01", "0.1")}
 PRUNED_SHARE = "0.3"
+TUNED_ON = ("ft-none", "ft-con-0.01", "ft-con-0.1")
 
 FINE_TUNED = {
     "ft-none": "losses.balance=none",
     "ft-mi": "losses.balance=mi",
     "ft-con-0.001": "losses.balance=none losses.concentration=0.001",
+    "ft-con-0.01": "losses.balance=none losses.concentration=0.01",
     "ft-con-0.1": "losses.balance=none losses.concentration=0.1",
 }
 
@@ -120,13 +122,13 @@ def pruning(study: Study, at_once: int) -> None:
             )
     study.commands(stages, at_once=at_once)
     tuned = {}
-    for name, settings in (("ft-none", FINE_TUNED["ft-none"]), ("ft-con-0.1", FINE_TUNED["ft-con-0.1"])):
+    for name in TUNED_ON:
         small = f"pruned-{name}"
         study.command(
             small, f"megamf modules prune {name} {small} --share {PRUNED_SHARE} --statistics show-{name}.json"
         )
         tuned[f"{small}-tuned"] = _tune(
-            small, "nano", f"{small}-tuned", _sources("train", "python-train"), settings, 100
+            small, "nano", f"{small}-tuned", _sources("train", "python-train"), FINE_TUNED[name], 100
         )
     study.commands(tuned, at_once=at_once)
     study.commands({f"evaluate-{name}": _evaluate(name) for name in tuned}, at_once=at_once)
