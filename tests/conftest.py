@@ -21,9 +21,11 @@ WHOLE_ROOMS = ("slurm", "faults", "cuda")
 FIRST = ("slurm", "parity", "faults", "kernels", "cuda")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests marked `gpu` are skipped, with the reason, where there is no CUDA device. With several workers (`-n`) a
-    file stays with one of them, some rooms as a whole, and the longest begin."""
+    file stays with one of them, some rooms as a whole, and the longest begin. First: pytest-xdist reads the groups in
+    this hook, too."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
