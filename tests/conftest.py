@@ -21,21 +21,34 @@ WHOLE_ROOMS = ("slurm", "faults", "cuda")
 FIRST = ("slurm", "parity", "faults", "kernels", "cuda")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped, with the reason, where there is no CUDA device. With several workers (`-n`) a
-    file stays with one of them, some rooms as a whole, and the longest begin. First: pytest-xdist reads the groups in
-    this hook, too."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped, with the reason, where there is no CUDA device. The longest rooms come first."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none"))
-    if config.pluginmanager.hasplugin("xdist"):
-        tests = Path(__file__).parent
-        rooms = {item: item.path.relative_to(tests).parts[0] for item in items}
-        for item, room in rooms.items():
-            item.add_marker(pytest.mark.xdist_group(room if room in WHOLE_ROOMS else str(item.path)))
-        items.sort(key=lambda item: FIRST.index(rooms[item]) if rooms[item] in FIRST else len(FIRST))
+    rooms = {item: _room(item.nodeid) for item in items}
+    items.sort(key=lambda item: FIRST.index(rooms[item]) if rooms[item] in FIRST else len(FIRST))
+
+
+def _room(nodeid: str) -> str:
+    """Its folder in `tests`, or its file."""
+    return nodeid.partition("::")[0].split("/")[1]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several workers (`-n`), a file stays with one of them, and so do some rooms as a whole.
+
+    The groups of pytest-xdist 3.8 (`xdist_group`) have no effect with pytest 9.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Rooms(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _room(nodeid) if _room(nodeid) in WHOLE_ROOMS else nodeid.partition("::")[0]
+
+    return Rooms(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

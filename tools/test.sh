@@ -31,4 +31,4 @@ say "ruff"
 ruff check .
 ruff format --check .
 say "pytest"
-exec python -m pytest -rs -n "${MEGAMF_TEST_WORKERS:-2}" --dist loadgroup --no-loadscope-reorder "$@"
+exec python -m pytest -rs -n "${MEGAMF_TEST_WORKERS:-2}" --no-loadscope-reorder "$@"
