@@ -20,10 +20,14 @@ READING_BEGIN, READING_END = "<!-- reading: begin -->", "<!-- reading: end -->"
 LIMITS = ("0.003", "0.03", "0.3")
 METHODS = ("use", "norm", "random")
 DOMAINS = ("python", "english", "french")
-EXACTNESS = """What leaves a model as it is does so in float32, and is tested. `tests/parity/test_surgery_layouts.py`, on
-the checkpoint of a run with expert parallelism on two processes: a prune of nothing, and export and import, equal bit for
-bit; an insertion without effect, to 1e-5; pruned and grown checkpoints read on two processes and on one, the same
-numbers, and losses of training on within 2e-5. `tests/modularity`: modules that were never chosen removed; each edit's tensors."""
+EXACTNESS = (
+    "What leaves a model as it is does so in float32, and is tested. "
+    "`tests/parity/test_surgery_layouts.py`, on the checkpoint of a run with expert parallelism on two "
+    "processes: a prune of nothing, and export and import, equal bit for bit; an insertion without "
+    "effect, to 1e-5; pruned and grown checkpoints read on two processes and on one, the same numbers, "
+    "and losses of training on within 2e-5. `tests/modularity`: modules that were never chosen removed; "
+    "each edit's tensors."
+)
 
 
 def write(study: Study, path: Path) -> None:
