@@ -20,13 +20,12 @@ SHARES = "0 0.05 0.1 0.15 0.2 0.3 0.4 0.5 0.6 0.7"
 RANDOM_SEEDS = (0, 1, 2)
 PENALTIES = {"inserted": ("0", "0.01", "0.1"), "router_rows": ("0", "0.001", "0.01", "0.1")}
 PRUNED_SHARE = "0.3"
-TUNED_ON = ("ft-none", "ft-con-0.01", "ft-con-0.1")
+TUNED_ON = ("ft-none", "ft-con-0.1")
 
 FINE_TUNED = {
     "ft-none": "losses.balance=none",
     "ft-mi": "losses.balance=mi",
     "ft-con-0.001": "losses.balance=none losses.concentration=0.001",
-    "ft-con-0.01": "losses.balance=none losses.concentration=0.01",
     "ft-con-0.1": "losses.balance=none losses.concentration=0.1",
 }
 
