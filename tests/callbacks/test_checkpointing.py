@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 from megamf.checkpoint import list_steps, verify
 
@@ -13,10 +14,12 @@ SETTINGS = [
     "model.eos_token_id=0", "train.steps=200", "train.seq_len=24", "train.micro_batch=1", "train.global_batch=4",
     "optim.warmup_steps=1", "checkpoint.every=2", "logging.tensorboard=false", "parallel.ep=2",
 ]  # fmt: skip
+TENSORS = 45  # of rank 1 in one save
 # The second save fails, on one of two ranks.
 FAULTS = {
     "full": {"at": "save.shard", "action": "full_disk", "rank": 1, "step": 4},
-    "full-background": {"at": "save.shard", "action": "full_disk", "rank": 1, "step": 4},
+    # Beside training the second save is told by the tensors before it: how far the steps are by then is not fixed.
+    "full-background": {"at": "save.shard", "action": "full_disk", "rank": 1, "after": TENSORS},
     "read-only": {"at": "save.begin", "action": "read_only", "rank": 0, "step": 4},
     "unpublished-background": {"at": "save.manifest", "action": "full_disk", "rank": 0, "after": 1},
 }
@@ -51,6 +54,11 @@ def test_the_checkpoint_before_is_as_it_was(runs, name):
     assert (checkpoints / "latest").read_text() == "step-00000002\n"
     assert verify(checkpoints / "step-00000002") == []
     assert sorted(entry.name for entry in checkpoints.iterdir()) == ["latest", "step-00000002"]
+
+
+def test_a_rank_saves_as_many_tensors_as_the_faults_count_on(runs):
+    with safe_open(runs / "full" / "checkpoints" / "step-00000002" / "rank-00001-00.safetensors", "pt") as file:
+        assert len(list(file.keys())) == TENSORS
 
 
 @pytest.mark.parametrize("name", [name for name in FAULTS if name.endswith("background")])
