@@ -13,6 +13,7 @@ from megamf.evaluate.perplexity import measure
 from megamf.evaluate.weights import trained_length
 from megamf.modularity import pictures, prune
 from megamf.modularity.edit import Kept, find_modules, model_of, module_counts, rearrange
+from megamf.modularity.places import Place
 from megamf.modularity.statistics import Statistics
 from megamf.tools._models import add_model_options, device_of, progress, refuse_unwritable, write_json
 from megamf.tools._modules_common import (
@@ -40,6 +41,12 @@ def options(parser: argparse.ArgumentParser) -> None:
         "--by", choices=("use", "norm", "random"), default="use", help="score of a module: how often it is chosen (use)"
     )
     parser.add_argument("--statistics", type=Path, metavar="JSON", help="of `modules show`, instead of --data")
+    parser.add_argument(
+        "--rescale",
+        action="store_true",
+        help="scale the outputs of the modules that stay by their share of the routers' probabilities, so that they do "
+        "not grow as their gates do (needs --by use, whose statistics have the shares)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of --by random (0)")
     data_options(parser, required=False, nargs=None)
     parser.add_argument(
@@ -53,18 +60,24 @@ def prune_job(args: argparse.Namespace) -> int:
     _check_prune(args)
     with Checkpoint(args.checkpoint) as source:
         model = model_of(source)
-        choose, settings = _selection(args, source, model)
+        choose, settings, statistics = _selection(args, source, model)
+
+        def scales(keep: prune.Keep) -> dict[Place, float]:
+            return prune.remaining_shares(statistics, keep) if args.rescale else {}
+
         if args.dry_run:
-            return _prune_curve(args, model, choose, settings)
+            return _prune_curve(args, model, choose, settings, scales)
         keep = choose(settings[0])
+        scale = scales(keep)
         left = prune.point(model, keep, settings[0], None, 4, trained_length(args.checkpoint))
         what = {"job": "prune", "by": args.by, "setting": settings[0], "pruned_share": left.pruned_share}
         what["rule"] = "tau" if args.tau else "share" if args.share else "modules"
+        what["rescaled"] = args.rescale
         with progress("writing") as advance:
             path = rearrange(
                 source,
                 args.out,
-                {place: [Kept(i) for i in indices] for place, indices in keep.items()},
+                {place: [Kept(i, scale.get(place, 1.0)) for i in indices] for place, indices in keep.items()},
                 what=what,
                 on_tensor=advance,
             )
@@ -81,6 +94,10 @@ def _check_prune(args: argparse.Namespace) -> None:
     settings = args.tau or args.share or [0.0]
     if args.statistics is not None and (args.by != "use" or args.modules):
         raise UserError("--statistics say how often modules are used: they belong to --by use with --tau or --share")
+    if args.rescale and (args.by != "use" or args.modules):
+        raise UserError(
+            "--rescale needs the routers' probabilities, which are measured for --by use with --tau or --share"
+        )
     for path in (args.json, args.picture):
         refuse_unwritable(path)
     if args.dry_run:
@@ -104,10 +121,11 @@ def _check_prune(args: argparse.Namespace) -> None:
 
 
 def _selection(args: argparse.Namespace, source: Checkpoint, model):
-    """(setting -> modules that stay, settings)."""
+    """(setting -> modules that stay, settings, statistics where use is measured)."""
+    statistics = None
     if args.modules:
         gone = find_modules(source, args.modules)
-        return (lambda _: prune.keep_without(model, gone)), [0.0]
+        return (lambda _: prune.keep_without(model, gone)), [0.0], None
     if args.by == "norm":
         scores = prune.norm_scores(source, model)
     elif args.by == "random":
@@ -117,8 +135,8 @@ def _selection(args: argparse.Namespace, source: Checkpoint, model):
         statistics.check(module_counts(model))
         scores = statistics.relative_load()
     if args.tau:
-        return (lambda tau: prune.keep_above(model, scores, tau)), args.tau
-    return (lambda share: prune.keep_share(model, scores, share)), args.share
+        return (lambda tau: prune.keep_above(model, scores, tau)), args.tau, statistics
+    return (lambda share: prune.keep_share(model, scores, share)), args.share, statistics
 
 
 def _statistics_of_use(args: argparse.Namespace, source: Checkpoint) -> Statistics:
@@ -130,14 +148,14 @@ def _statistics_of_use(args: argparse.Namespace, source: Checkpoint) -> Statisti
         return watch(args, model, seq_len, args.data)
 
 
-def _prune_curve(args: argparse.Namespace, config, choose, settings: list[float]) -> int:
+def _prune_curve(args: argparse.Namespace, config, choose, settings: list[float], scales) -> int:
     loss, seq_len = None, args.seq_len or trained_length(args.checkpoint)
     if args.data is not None:
         check_tokenizer(args)
         model, _ = load_model(args.checkpoint, DTYPES[args.dtype], device_of(args))
 
         def loss(keep) -> float:
-            small = prune.pruned_model(model, keep)
+            small = prune.pruned_model(model, keep, scales(keep))
             with progress(f"loss on {Path(args.data).name}") as advance:
                 result = measure(
                     small,

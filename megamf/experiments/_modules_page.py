@@ -18,7 +18,12 @@ from megamf.plan.flops import count_parameters
 
 READING_BEGIN, READING_END = "<!-- reading: begin -->", "<!-- reading: end -->"
 LIMITS = ("0.003", "0.03", "0.3")
-METHODS = ("use", "norm", "random")
+METHODS = {
+    "use": "by use",
+    "rescaled": "by use, outputs rescaled",
+    "norm": "by weight norm",
+    "random": "at random, mean of 3 seeds",
+}
 DOMAINS = ("python", "english", "french")
 EXACTNESS = (
     "What leaves a model as it is does so in float32, and is tested. "
@@ -166,7 +171,7 @@ def _free_share(points: list[dict[str, float]]) -> float:
 
 def _pruning(study: Study, tuned: list[str], pictures: Path) -> str:
     plt = require_matplotlib()
-    figure, axes = plt.subplots(1, len(METHODS), figsize=(13, 4), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, len(METHODS), figsize=(15, 4), sharey=True, layout="constrained")
     rows = []
     for name in tuned:
         curves = {method: _mean_curve(study, name, method) for method in METHODS}
@@ -183,7 +188,7 @@ def _pruning(study: Study, tuned: list[str], pictures: Path) -> str:
             + [f"{at[method][near[method]]:.3f}" for method in METHODS]
         )
     for axis, method in zip(axes, METHODS):
-        axis.set_title({"use": "by use", "norm": "by weight norm", "random": "at random, mean of 3 seeds"}[method])
+        axis.set_title(METHODS[method])
         axis.set_xlabel("parameters pruned, %")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("loss on held-out Python, nats a token")
@@ -191,10 +196,12 @@ def _pruning(study: Study, tuned: list[str], pictures: Path) -> str:
     figure.savefig(pictures / "pruning.png", dpi=120)
     plt.close(figure)
     header = ["fine-tuned with", "loss"]
-    header += [f"free by {method}" for method in METHODS] + [f"loss at 30% by {method}" for method in METHODS]
+    header += [f"free: {method}" for method in METHODS] + [f"30% pruned: {method}" for method in METHODS]
     return (
         table(header, rows)
-        + "\n\nFree: the largest measured share of all parameters that can go with less than 1% change of the loss.\n\n"
+        + "\n\nFree: the largest measured share of all parameters that can go with less than 1% change of the loss. "
+        + "; ".join(f"{key}: {text}" for key, text in METHODS.items())
+        + ".\n\n"
         + f"![loss against share pruned]({pictures.name}/pruning.png)\n\n"
         + _tuned_on(study)
     )

@@ -107,14 +107,14 @@ def specialisation(study: Study, at_once: int) -> None:
 
 
 def pruning(study: Study, at_once: int) -> None:
-    """Curves of three methods, and a pruned model tuned on."""
-    ways = {"use": "--by use", "norm": "--by norm"} | {
+    """Curves of the methods, and a pruned model tuned on."""
+    ways = {"use": "--by use", "rescaled": "--by use --rescale", "norm": "--by norm"} | {
         f"random{seed}": f"--by random --seed {seed}" for seed in RANDOM_SEEDS
     }
     stages = {}
     for name in FINE_TUNED:
         for way, options in ways.items():
-            statistics = f"--statistics show-{name}.json " if way == "use" else ""
+            statistics = f"--statistics show-{name}.json " if way in ("use", "rescaled") else ""
             stages[f"prune-{name}-{way}"] = (
                 f"megamf modules prune {name} --dry-run --share {SHARES} {options} {statistics}"
                 f"--data data/python-valid --max-batches 8 --json prune-{name}-{way}.json"

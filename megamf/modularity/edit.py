@@ -28,9 +28,13 @@ MOMENTS = (EXP_AVG, EXP_AVG_SQ)
 
 @dataclass(frozen=True)
 class Kept:
-    """A module that stays: its index in the source."""
+    """A module that stays: its index in the source.
+
+    output_scale: its output weights are multiplied by this; the moments of their gradients go along.
+    """
 
     index: int
+    output_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -222,6 +226,10 @@ class _Stream:
             for index, slot in self._slots(group, key):
                 if isinstance(slot, Kept):
                     tensor = self.source.tensor(expert_name(key, slot.index), group)
+                    if part == "output_experts" and slot.output_scale != 1:
+                        # Where outputs are to stay as they are, a weight s times as large has a gradient 1/s as large.
+                        power = {EXP_AVG: -1, EXP_AVG_SQ: -2}.get(group, 1)
+                        tensor = (tensor.float() * slot.output_scale**power).to(tensor.dtype)
                 else:
                     made = None if group in MOMENTS else slot.weight(part)
                     tensor = _fitting(made, shape[1:], dtype, f"a module for {place}, {part}")

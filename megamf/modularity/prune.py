@@ -5,7 +5,8 @@ kind (attention and MLP apart) is compared with a threshold tau; the modules bel
 
 Gates are probabilities over all modules of a place and are not renormalised, in the released model and here. Without
 modules that had a share p of the probability the gates of the others grow by 1 / (1 - p), also where those modules were
-never chosen; it vanishes with p.
+never chosen; it vanishes with p. `remaining_shares` has the mean of 1 - p: output weights scaled by it undo the growth,
+for every token where p is the same for all, and on average otherwise.
 """
 
 import hashlib
@@ -20,7 +21,8 @@ from megamf.config import ModelConfig
 from megamf.errors import UserError
 from megamf.model import ModuleFormer
 from megamf.modularity.edit import module_counts
-from megamf.modularity.places import Place, module_size, places, top_k, with_counts
+from megamf.modularity.places import PARTS, Place, module_size, places, top_k, with_counts
+from megamf.modularity.statistics import Statistics
 from megamf.plan.flops import count_parameters
 
 Scores = Mapping[Place, Sequence[float]]
@@ -104,9 +106,25 @@ def keep_without(model: ModelConfig, gone: Mapping[Place, Iterable[int]]) -> Kee
     }
 
 
+def remaining_shares(statistics: Statistics, keep: Mapping[Place, Sequence[int]]) -> dict[Place, float]:
+    """Place -> the mean probability of the modules `keep` together, on the data of `statistics`; 1 where all stay."""
+    mean: dict[Place, list[float]] = {}
+    for module in statistics.modules:
+        mean.setdefault(Place(module.layer, module.kind), []).append(module.mean_prob)
+    return {
+        place: 1.0 if len(indices) == len(mean[place]) else sum(mean[place][i] for i in indices) / sum(mean[place])
+        for place, indices in keep.items()
+    }
+
+
 @torch.no_grad()
-def pruned_model(model: ModuleFormer, keep: Mapping[Place, Sequence[int]]) -> ModuleFormer:
-    """A copy in memory with the modules `keep` (places not named stay whole); to measure before anything is written."""
+def pruned_model(
+    model: ModuleFormer, keep: Mapping[Place, Sequence[int]], output_scale: Mapping[Place, float] | None = None
+) -> ModuleFormer:
+    """A copy in memory with the modules `keep` (places not named stay whole); to measure before anything is written.
+
+    `output_scale`: what the output weights of a place are multiplied by.
+    """
     counts = module_counts(model.config)
     small = with_counts(model.config, {place: len(keep.get(place, range(count))) for place, count in counts.items()})
     with torch.device("meta"):
@@ -116,6 +134,10 @@ def pruned_model(model: ModuleFormer, keep: Mapping[Place, Sequence[int]]) -> Mo
         chosen = torch.tensor(list(indices), device=model.lm_head.weight.device)
         for key in (*place.expert_keys(), place.rows_key(model.config)):
             state[key] = state[key][chosen]
+        scale = (output_scale or {}).get(place, 1.0)
+        if scale != 1:
+            outputs = place.expert_keys()[PARTS.index("output_experts")]
+            state[outputs] = (state[outputs].float() * scale).to(state[outputs].dtype)
     pruned.load_state_dict(state, assign=True)
     return pruned.eval()
 

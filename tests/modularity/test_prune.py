@@ -5,12 +5,15 @@ import itertools
 import pytest
 import torch
 
+from megamf.checkpoint import Checkpoint
+from megamf.checkpoint.layout import expert_name
 from megamf.errors import UserError
 from megamf.evaluate.load import load_model
 from megamf.model import ModuleFormer
 from megamf.modularity import prune
 from megamf.modularity.edit import Kept, module_counts, rearrange
 from megamf.modularity.places import Place, module_size, with_counts
+from megamf.modularity.statistics import collect
 
 
 def scores_of(config, seed=0):
@@ -107,3 +110,56 @@ def test_curve(make_model):
     assert points[0].parameters == total and points[0].pruned_share == 0 and points[0].bytes == 4 * total
     assert points[0].loss == 18 and points[1].loss == points[1].attention + points[1].mlp < 18
     assert 0.2 < points[1].pruned_share <= 0.3 and points[1].flops_per_token < points[0].flops_per_token
+
+
+@pytest.fixture
+def undecided(make_model, make_data):
+    """(model whose routers give all modules the same probability, its use on data, modules that are chosen)."""
+    model = make_model(n_mlp_experts=6)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("gate.w_gate.3.weight"):
+                parameter.zero_()
+    data = make_data()
+    statistics = collect(model, data, seq_len=12, batch=4)
+    chosen = {
+        place: [i for i, frequency in enumerate(frequencies) if frequency]
+        for place, frequencies in statistics.frequencies().items()
+    }
+    assert sum(map(len, chosen.values())) < sum(module_counts(model.config).values())
+    return model, statistics, chosen
+
+
+def test_rescaled_outputs_undo_the_growth_of_the_gates(undecided):
+    model, statistics, chosen = undecided
+    ids = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(0))
+    whole = model(ids).hidden_BTD
+    grown = prune.pruned_model(model, chosen)(ids).hidden_BTD
+    rescaled = prune.pruned_model(model, chosen, prune.remaining_shares(statistics, chosen))(ids).hidden_BTD
+    assert not torch.allclose(grown, whole, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(rescaled, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_rescaling_is_the_same_on_disk_and_gradients_shrink_as_weights_grow(undecided, make_checkpoint, tmp_path):
+    model, statistics, chosen = undecided
+    scale = prune.remaining_shares(statistics, chosen)
+    source = make_checkpoint(model)
+    slots = {place: [Kept(i, scale[place]) for i in kept] for place, kept in chosen.items()}
+    path = rearrange(source, tmp_path / "out", slots, what={})
+    on_disk, _ = load_model(path)
+    for name, value in prune.pruned_model(model, chosen, scale).state_dict().items():
+        assert torch.equal(value, on_disk.state_dict()[name]), name
+    place, kept = next((place, kept) for place, kept in chosen.items() if scale[place] < 1)
+    inner, outer = (expert_name(key, kept[0]) for key in place.expert_keys())
+    with Checkpoint(path) as edited:
+        for name, powers in ((inner, (0, 0)), (outer, (-1, -2))):
+            moved = expert_name(name.rsplit(".", 1)[0], 0)
+            for group, power in zip(("exp_avg", "exp_avg_sq"), powers):
+                expected = source.tensor(name, group) * scale[place] ** power
+                torch.testing.assert_close(edited.tensor(moved, group), expected)
+
+
+def test_where_nothing_goes_nothing_is_rescaled(undecided):
+    model, statistics, _ = undecided
+    everything = {place: list(range(count)) for place, count in module_counts(model.config).items()}
+    assert set(prune.remaining_shares(statistics, everything).values()) == {1.0}

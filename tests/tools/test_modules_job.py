@@ -120,6 +120,7 @@ def test_baselines_and_names(checkpoint, tmp_path, by):
         (["--tau", "0.1", "--by", "norm", "--dry-run"], "--dry-run writes nothing: leave"),
         (["--tau", "0.1", "--by", "norm", "--data", "{tmp}/x"], "--data has no effect here"),
         (["--tau", "0.1", "--by", "norm", "--statistics", "{tmp}/x"], "they belong to --by use"),
+        (["--tau", "0.1", "--by", "norm", "--rescale"], "--rescale needs the routers"),
     ],
 )
 def test_mistakes(checkpoint, tmp_path, capsys, untouched, arguments, message):
