@@ -22,6 +22,8 @@ PACKAGES = ("munge", "slurmctld", "slurmd", "slurm-client", "slurmdbd", "mariadb
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 POLICY = Path("/usr/sbin/policy-rc.d")
 WAIT_SECONDS = 400.0
+# A job that is on its way, in some of these for a moment only: a signal is being sent, it goes back to the queue.
+NOT_ENDED = ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SIGNALING", "REQUEUED", "SUSPENDED", "STOPPED")
 
 SLURM_CONF = """
 ClusterName=megamf
@@ -228,7 +230,7 @@ class Cluster:
             seen = self.requeued.setdefault((job, found["Restarts"]), time.monotonic())
             if time.monotonic() - seen > 3:
                 self.attempt("scontrol", "update", f"JobId={job}", "StartTime=now")
-        return None if found["JobState"] in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING") else found
+        return None if found["JobState"] in NOT_ENDED else found
 
     def finish(self, job: str, seconds: float = WAIT_SECONDS) -> dict[str, str]:
         """Wait for the end of a job."""
