@@ -60,6 +60,11 @@ def prune_job(args: argparse.Namespace) -> int:
     _check_prune(args)
     with Checkpoint(args.checkpoint) as source:
         model = model_of(source)
+        if args.rescale and model.gate_type == "tanh":
+            raise UserError(
+                f"--rescale is for gates that are shares of a probability; {args.checkpoint} has gate_type=tanh, "
+                "with gates of 1, which do not grow when modules go: leave it away"
+            )
         choose, settings, statistics = _selection(args, source, model)
 
         def scales(keep: prune.Keep) -> dict[Place, float]:

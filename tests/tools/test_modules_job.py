@@ -59,6 +59,23 @@ def untouched(tmp_path):
     assert contents() == before
 
 
+def test_gates_of_one_do_not_grow_and_are_not_rescaled(data, tmp_path, save_model, capsys):
+    config = ModelConfig(
+        vocab_size=64, n_layer=1, n_embd=16, att_hidden=16, ffd_hidden=16, n_att_experts=4, n_mlp_experts=6,
+        k_att=1, k_mlp=2, gate_type="tanh", gating_size=4, block_size=8, history_length=8,
+    )  # fmt: skip
+    model = ModuleFormer(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
+    path = save_model(tmp_path / "tanh", model)
+    words = ["prune", str(path), str(tmp_path / "out"), "--share", "0.1", "--data", data("d", 0, 64)]
+    assert run(main, [*words, "--rescale"]) == 2
+    assert "gate_type=tanh" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert run(main, words) == 0
+
+
 def test_show_then_prune(checkpoint, data, tmp_path, capsys):
     prefixes = [data("prose", 0, 30), data("code", 30, 64)]
     out, picture = tmp_path / "use.json", tmp_path / "use.png"
