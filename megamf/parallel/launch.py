@@ -80,14 +80,15 @@ def process_group(process: Process) -> Iterator[None]:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if process.device.type == "cuda" else "gloo"
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=TIMEOUT, verbose=False)
+    # Left through DeepSpeed, which else would hand the groups it keeps to the next block, where they are dead.
     try:
         yield
     except BaseException:
         # Some rank may be gone, and leaving in good order would wait for it.
         if process.world == 1:
-            torch.distributed.destroy_process_group()
+            deepspeed.comm.destroy_process_group()
         raise
-    torch.distributed.destroy_process_group()
+    deepspeed.comm.destroy_process_group()
 
 
 def _quieten() -> None:

@@ -31,7 +31,7 @@ TRAIN = [
 
 @pytest.fixture(scope="module", autouse=True)
 def one_process_group():
-    """DeepSpeed keeps its groups for the life of a process, so all runs here share one."""
+    """All runs here share one, and leave the environment as it was."""
     before = dict(os.environ)
     with process_group(Process(0, 1, 0)):
         yield
