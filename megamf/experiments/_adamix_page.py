@@ -1,7 +1,4 @@
-"""The page of `megamf.experiments.adamix`: tables and a picture out of what the runs left.
-
-The part of the page between READING_BEGIN and READING_END is written by hand and kept.
-"""
+"""The page of `megamf.experiments.adamix`: tables and a picture out of what the runs left."""
 
 import json
 import statistics
@@ -9,10 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megamf.experiments.stages import Study, table
+from megamf.experiments.pages import reading, table
+from megamf.experiments.stages import Study
 from megamf.modularity.pictures import require_matplotlib
-
-READING_BEGIN, READING_END = "<!-- reading: begin -->", "<!-- reading: end -->"
 
 
 def write(
@@ -32,7 +28,7 @@ def write(
         "# Mixtures of adaptations, merged into one",
         "Written by `python -m megamf.experiments.adamix --work DIR`, which runs every command below. Mean and "
         f"standard deviation over {seeds} seeds (draws of copies, initial values, order of the examples).",
-        _reading(path),
+        reading(path),
         "## Classification: which part of the kernel's documentation?",
         _setting(found["sections-lora-0"], "MiniLM (6 layers of 384), frozen but for the modules and the classifier"),
         _table(found, stages, "sections", classification, seeds, _classification_columns()),
@@ -47,13 +43,6 @@ def write(
         "and the same with the other seeds.",
     ]
     path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
-
-
-def _reading(path: Path) -> str:
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    if READING_BEGIN in text and READING_END in text:
-        return text[text.index(READING_BEGIN) : text.index(READING_END) + len(READING_END)]
-    return f"{READING_BEGIN}\n{READING_END}"
 
 
 def _setting(record: dict[str, Any], model: str) -> str:

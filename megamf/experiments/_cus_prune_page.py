@@ -1,7 +1,4 @@
-"""The page of `megamf.experiments.cus_prune`: tables and pictures out of what the stages left.
-
-The part of the page between READING_BEGIN and READING_END is written by hand and kept.
-"""
+"""The page of `megamf.experiments.cus_prune`: tables and pictures out of what the stages left."""
 
 import json
 from collections.abc import Sequence
@@ -9,10 +6,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from megamf.experiments.stages import Study, table
+from megamf.experiments.pages import reading, table
+from megamf.experiments.stages import Study
 from megamf.modularity.pictures import require_matplotlib
 
-READING_BEGIN, READING_END = "<!-- reading: begin -->", "<!-- reading: end -->"
 GENERAL = ("english", "german", "python", "chinese")
 LABELS = {
     "intersection": "Cus-Prun, intersection",
@@ -49,7 +46,7 @@ def write(
     parts = [
         "# A general model cut down to an expert",
         INTRODUCTION.format(**size, corpora=", ".join(GENERAL)),
-        _reading(path),
+        reading(path),
     ]
     for expert in experts:
         whole = done[f"dense-{expert}"]["result"]["loss"]
@@ -75,13 +72,6 @@ def write(
     seconds = sum(record.get("seconds", 0) for record in done.values())
     parts.append(f"All stages took {seconds / 60:.0f} minutes.")
     path.write_text("\n\n".join(part for part in parts if part) + "\n")
-
-
-def _reading(path: Path) -> str:
-    text = path.read_text() if path.exists() else ""
-    if READING_BEGIN in text:
-        return text[text.index(READING_BEGIN) : text.index(READING_END) + len(READING_END)]
-    return f"{READING_BEGIN}\n{READING_END}"
 
 
 def _general(loss: dict[str, float]) -> float:

@@ -1,7 +1,4 @@
-"""The page of `megamf.experiments.modules`: tables and pictures out of what the stages left.
-
-The part of the page between READING_BEGIN and READING_END is written by hand and kept.
-"""
+"""The page of `megamf.experiments.modules`: tables and pictures out of what the stages left."""
 
 import json
 import re
@@ -10,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from megamf.checkpoint import Checkpoint
-from megamf.experiments.stages import Study, table
+from megamf.experiments.pages import reading, table
+from megamf.experiments.stages import Study
 from megamf.modularity.edit import model_of
 from megamf.modularity.pictures import require_matplotlib
 from megamf.modularity.statistics import Statistics, summary
 from megamf.plan.flops import count_parameters
 
-READING_BEGIN, READING_END = "<!-- reading: begin -->", "<!-- reading: end -->"
 LIMITS = ("0.003", "0.03", "0.3")
 METHODS = {
     "use": "by use",
@@ -44,7 +41,7 @@ def write(study: Study, path: Path) -> None:
     parts = [
         "# Modules of a model trained on Python and English",
         "Written by `python -m megamf.experiments.modules --work DIR`, which runs every command below.",
-        _reading(path),
+        reading(path),
         "## The models",
         _models(study),
         f"![use of the modules]({pictures.name}/use-base.png)",
@@ -61,13 +58,6 @@ def write(study: Study, path: Path) -> None:
     ]
     shutil.copy(study.path("use-base.png"), pictures / "use-base.png")
     path.write_text("\n\n".join(part for part in parts if part) + "\n")
-
-
-def _reading(path: Path) -> str:
-    text = path.read_text() if path.exists() else ""
-    if READING_BEGIN in text:
-        return text[text.index(READING_BEGIN) : text.index(READING_END) + len(READING_END)]
-    return f"{READING_BEGIN}\n{READING_END}"
 
 
 def _metrics(study: Study, run: str) -> list[dict[str, Any]]:

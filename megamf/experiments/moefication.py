@@ -221,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
     study.compute("times", times)
     sources = []
     if "nano" in args.models:
-        nano(study, max(20, int(400 * scale)))
+        nano(study, max(20, int(1200 * scale)))
         sources.append("nano")
     if "smollm2" in args.models:
         study.compute(

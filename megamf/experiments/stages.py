@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -82,12 +82,6 @@ class Study:
         partial.write_text(json.dumps(record, indent=1) + "\n")
         partial.replace(path)
         return record
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table; the first column is left-aligned, the others right-aligned."""
-    lines = [" | ".join(header), " | ".join(["---"] + ["---:"] * (len(header) - 1))]
-    return "\n".join(f"| {line} |" for line in lines + [" | ".join(str(cell) for cell in row) for row in rows])
 
 
 def _executable(command: str) -> list[str]:

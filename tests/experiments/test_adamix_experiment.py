@@ -8,6 +8,7 @@ from megamf.errors import UserError
 from megamf.experiments import _adamix_data as data
 from megamf.experiments import _adamix_page as page
 from megamf.experiments.adamix import CLASSIFICATION, GENERATION, Sizes, commands
+from megamf.experiments.pages import READING_BEGIN
 from megamf.experiments.stages import Study
 from megamf.tools.adamix import _parser
 
@@ -114,7 +115,7 @@ def test_page(tmp_path):
         (study.folder / "stages" / f"{name}.json").write_text(json.dumps({"seconds": 7.0}))
     path = tmp_path / "page.md"
     page.write(study, path, CLASSIFICATION, GENERATION, runs, 2)
-    path.write_text(path.read_text().replace(page.READING_BEGIN, f"{page.READING_BEGIN}\nBy hand."))
+    path.write_text(path.read_text().replace(READING_BEGIN, f"{READING_BEGIN}\nBy hand."))
     page.write(study, path, CLASSIFICATION, GENERATION, runs, 2)
     text = path.read_text()
     assert "By hand." in text and (tmp_path / "page" / "scores.png").stat().st_size > 1000

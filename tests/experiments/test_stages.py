@@ -3,7 +3,8 @@
 import pytest
 
 from megamf.errors import UserError
-from megamf.experiments.stages import Study, table
+from megamf.experiments.pages import table
+from megamf.experiments.stages import Study
 
 
 def test_computed_stages_are_kept_until_their_arguments_change(tmp_path):

@@ -65,8 +65,9 @@ def ffn_times(
 ) -> list[dict[str, float]]:
     """Milliseconds of one feed-forward layer of random float32 weights, for batches of so many tokens.
 
-    dense: torch's linear maps. kernel: the chosen experts alone. sparse: the whole layer with its MLP router. grouped:
-    the chosen experts by permute and grouped products.
+    dense: torch's linear maps. sparse: the whole layer with its MLP router. kernel: the chosen experts alone. grouped:
+    the same by permute and grouped products. all: every expert by the kernel, which tells what of its gain is the
+    kernel's, not the experts left out.
     """
     experts = hidden // expert_size
     layer = SparseFfn((experts, width, expert_size, width), round(share * experts), "mlp", activation, up=gated)
@@ -90,10 +91,12 @@ def ffn_times(
         x_ND = torch.randn(count, width, generator=generator)
         expert_NK, _ = layer.choose(layer.scores(x_ND))
         given = (x_ND, expert_NK, layer.gate_EDF, layer.out_EFO)
+        every = (x_ND, torch.arange(experts).expand(count, -1).contiguous(), layer.gate_EDF, layer.out_EFO)
         times = {
             "dense": seconds(lambda x=x_ND: dense(x), repeats),
             "sparse": seconds(lambda x=x_ND: layer(x), repeats),
             "kernel": seconds(lambda g=given: expert_ffn(*g, up_EDF=up, activation=activation), repeats),
+            "all": seconds(lambda g=every: expert_ffn(*g, up_EDF=up, activation=activation), repeats),
             "grouped": seconds(
                 lambda g=given: expert_ffn(*g, up_EDF=up, activation=activation, backend="grouped"), repeats
             ),
