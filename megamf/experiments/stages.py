@@ -56,7 +56,7 @@ class Study:
             for done in [pool.submit(self.command, name, command, threads=1) for name, command in stages.items()]:
                 done.result()
 
-    def compute(self, name: str, function: Callable[..., Any], **arguments: Any) -> Any:
+    def compute(self, name: str, function: Callable[..., Any], /, **arguments: Any) -> Any:
         """`function(**arguments)`, whose result and arguments JSON can hold."""
         record = self._record(name)
         asked = json.loads(json.dumps(arguments))

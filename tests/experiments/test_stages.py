@@ -16,6 +16,7 @@ def test_computed_stages_are_kept_until_their_arguments_change(tmp_path):
 
     assert [Study(tmp_path).compute("a", square, x=x) for x in (3, 3, 4, 4)] == [9, 9, 16, 16]
     assert calls == [3, 4]
+    assert Study(tmp_path).compute("named", lambda name: name.upper(), name="its own name") == "ITS OWN NAME"
 
 
 def test_commands_run_here_and_once(tmp_path):
