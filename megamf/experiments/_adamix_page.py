@@ -12,16 +12,26 @@ from megamf.modularity.pictures import require_matplotlib
 
 
 def write(
-    study: Study, path: Path, classification: Sequence[Any], generation: Sequence[Any], runs: dict[str, str], seeds: int
+    study: Study,
+    path: Path,
+    sections: Any,
+    summaries: Any,
+    runs: dict[str, str],
+    seeds: int,
+    rates: dict[tuple[str, str], str],
+    searched: dict[str, float],
 ) -> None:
-    """Write the page and, in a folder of its name beside it, the picture."""
+    """Write the page and, in a folder of its name beside it, the picture.
+
+    rates: (task, family) -> learning rate. searched: losses of the runs that it was chosen by.
+    """
     pictures = path.with_suffix("")
     pictures.mkdir(parents=True, exist_ok=True)
     found = {name: json.loads(study.path(f"{name}/adamix.json").read_text()) for name in runs}
     stages = {file.stem: json.loads(file.read_text()) for file in (study.folder / "stages").glob("*.json")}
     series = {
-        "sections": (classification, "accuracy", lambda scores: 100 * scores["accuracy"]),
-        "summaries": (generation, "loss a token", lambda scores: scores["loss"]),
+        "sections": (sections.methods, "accuracy", lambda scores: 100 * scores["accuracy"]),
+        "summaries": (summaries.methods, "loss a token", lambda scores: scores["loss"]),
     }
     _picture(found, series, seeds, pictures / "scores.png")
     parts = [
@@ -31,18 +41,34 @@ def write(
         reading(path),
         "## Classification: which part of the kernel's documentation?",
         _setting(found["sections-lora-0"], "MiniLM (6 layers of 384), frozen but for the modules and the classifier"),
-        _table(found, stages, "sections", classification, seeds, _classification_columns()),
+        _table(found, stages, sections, seeds, rates, _classification_columns()),
         "## Generation: what does a function do?",
         _setting(found["summaries-lora-0"], "SmolLM2-135M (30 layers of 576), frozen but for the modules"),
-        _table(found, stages, "summaries", generation, seeds, _generation_columns()),
+        _table(found, stages, summaries, seeds, rates, _generation_columns()),
         f"![scores of every seed]({pictures.name}/scores.png)",
+        "## Learning rates",
+        "Validation loss of single modules, one run each with a seed that is not among those above. The best rate is "
+        "taken for the whole family, mixtures included.",
+        _rates((sections, summaries), rates, searched),
         "## Samples",
-        _samples(found, generation),
+        _samples(found, summaries.methods),
         "## Commands",
         "```\n" + "\n".join(command for name, command in runs.items() if name.endswith("-0")) + "\n```",
         "and the same with the other seeds.",
     ]
     path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+
+
+def _rates(tasks: Sequence[Any], rates: dict[tuple[str, str], str], searched: dict[str, float]) -> str:
+    rows = []
+    for task in tasks:
+        for family, tried in task.rates.items():
+            losses = [f"{lr}: {searched[f'{task.name}-search-{family}-{lr}']:.3f}" for lr in tried]
+            best = rates[task.name, family]
+            rows.append(
+                [task.name, family, *(f"**{cell}**" if lr == best else cell for lr, cell in zip(tried, losses))]
+            )
+    return table(["task", "family", "low", "middle", "high"], rows)
 
 
 def _setting(record: dict[str, Any], model: str) -> str:
@@ -51,7 +77,7 @@ def _setting(record: dict[str, Any], model: str) -> str:
     return (
         f"{model}. {numbers['train']} training and {numbers['valid']} validation examples{classes}, "
         f"{recipe['epochs']} epochs in batches of {recipe['batch_size']}. AdaMix has 4 copies; `merged` uses their "
-        "average, `random` draws copies for every batch. Learning rates are usual ones of each method, not searched."
+        "average, `random` draws copies for every batch."
     )
 
 
@@ -84,17 +110,22 @@ def _generation_columns() -> Columns:
 
 
 def _table(
-    found: dict[str, Any], stages: dict[str, Any], task: str, methods: Sequence[Any], seeds: int, columns: Columns
+    found: dict[str, Any],
+    stages: dict[str, Any],
+    task: Any,
+    seeds: int,
+    rates: dict[tuple[str, str], str],
+    columns: Columns,
 ) -> str:
     rows = []
-    for method in methods:
-        records = [found[f"{task}-{method.name}-{seed}"] for seed in range(seeds)]
+    for method in task.methods:
+        records = [found[f"{task.name}-{method.name}-{seed}"] for seed in range(seeds)]
         numbers = records[0]["parameters"]
-        seconds = [stages[f"{task}-{method.name}-{seed}"]["seconds"] for seed in range(seeds)]
+        seconds = [stages[f"{task.name}-{method.name}-{seed}"]["seconds"] for seed in range(seeds)]
         merged = numbers["merged"] + numbers["head"]
         cells = [mean_and_spread([column(record) for record in records]) for column in columns.values()]
         counts = [f"{numbers['trained']:,}", f"{merged:,}" if merged else "all"]
-        rows.append([method.title, *counts, *cells, method.lr, f"{statistics.mean(seconds):.0f}"])
+        rows.append([method.title, *counts, *cells, rates[task.name, method.family], f"{statistics.mean(seconds):.0f}"])
     return table(["method", "trained", "once merged", *columns, "lr", "seconds"], rows)
 
 

@@ -7,7 +7,7 @@ import pytest
 from megamf.errors import UserError
 from megamf.experiments import _adamix_data as data
 from megamf.experiments import _adamix_page as page
-from megamf.experiments.adamix import CLASSIFICATION, GENERATION, Sizes, commands
+from megamf.experiments.adamix import SECTIONS, SUMMARIES, TASKS, Sizes, best_rates, commands, searches
 from megamf.experiments.pages import READING_BEGIN
 from megamf.experiments.stages import Study
 from megamf.tools.adamix import _parser
@@ -81,18 +81,30 @@ def test_summaries(tmp_path):
         data.write_summaries(corpus, tmp_path, 19, 4)
 
 
+def rates():
+    losses = dict.fromkeys(searches(Sizes.of(25)), 2.0) | {"sections-search-lora-3e-3": 1.0}
+    return best_rates(losses), losses
+
+
 def test_commands_are_those_that_the_job_takes():
-    runs = commands(Sizes.of(25), 2)
-    assert len(runs) == 2 * (len(CLASSIFICATION) + len(GENERATION))
-    for command in runs.values():
-        _parser().parse_args(command.split()[2:])
+    chosen, _ = rates()
+    assert chosen["sections", "lora"] == "3e-3" and chosen["summaries", "full"] == SUMMARIES.rates["full"][0]
+    runs = commands(Sizes.of(25), 2, chosen)
+    assert len(runs) == 2 * sum(len(task.methods) for task in TASKS)
+    for name, command in (runs | searches(Sizes.of(25))).items():
+        args = _parser().parse_args(command.split()[2:])
+        assert "search" in name or "-full-" in name or args.rank > 1
+        assert "-no-sharing-" not in name or args.lr == float(chosen[name.partition("-")[0], "lora"])
+    singles = [command for name, command in searches(Sizes.of(25)).items() if "full" not in name]
+    assert all("--modules 1" in command for command in singles)
     small, usual = Sizes.of(1), Sizes.of(25)
     assert small.summary_rows < usual.summary_rows and small.section_rows < usual.section_rows
 
 
 def test_page(tmp_path):
     study = Study(tmp_path / "work")
-    runs = commands(Sizes.of(1), 2)
+    chosen, losses = rates()
+    runs = commands(Sizes.of(1), 2, chosen)
     for number, name in enumerate(runs):
         kind = "classification" if name.startswith("sections") else "generation"
         scores = {"loss": 1.0 + number / 100, "accuracy": 0.5, "macro_f1": 0.4}
@@ -114,12 +126,13 @@ def test_page(tmp_path):
         (study.path(name) / "adamix.json").write_text(json.dumps(record))
         (study.folder / "stages" / f"{name}.json").write_text(json.dumps({"seconds": 7.0}))
     path = tmp_path / "page.md"
-    page.write(study, path, CLASSIFICATION, GENERATION, runs, 2)
+    page.write(study, path, SECTIONS, SUMMARIES, runs, 2, chosen, losses)
     path.write_text(path.read_text().replace(READING_BEGIN, f"{READING_BEGIN}\nBy hand."))
-    page.write(study, path, CLASSIFICATION, GENERATION, runs, 2)
+    page.write(study, path, SECTIONS, SUMMARIES, runs, 2, chosen, losses)
     text = path.read_text()
     assert "By hand." in text and (tmp_path / "page" / "scores.png").stat().st_size > 1000
     assert "| LoRA | 1,000 | 210 | 50.0 ± 0.0 | 40.0 ± 0.0 |" in text and "| all |" in text and "a\\|b" in text
+    assert "| sections | lora | 1e-3: 2.000 | **3e-3: 1.000** | 1e-2: 2.000 |" in text
 
 
 def test_mean_and_spread():
