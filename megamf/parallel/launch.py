@@ -58,12 +58,11 @@ def process_group(process: Process) -> Iterator[None]:
     if torch.distributed.is_initialized():
         yield
         return
-    os.environ.setdefault("RANK", str(process.rank))
-    os.environ.setdefault("WORLD_SIZE", str(process.world))
-    os.environ.setdefault("LOCAL_RANK", str(process.local_rank))
+    own = {"RANK": process.rank, "WORLD_SIZE": process.world, "LOCAL_RANK": process.local_rank}
     if process.world == 1:
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(free_port()))
+        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    added = [name for name in own if name not in os.environ]
+    os.environ.update({name: str(own[name]) for name in added})
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(f"{process.world} processes need {' and '.join(missing)} in the environment to find each other")
@@ -88,7 +87,12 @@ def process_group(process: Process) -> Iterator[None]:
         if process.world == 1:
             deepspeed.comm.destroy_process_group()
         raise
-    deepspeed.comm.destroy_process_group()
+    else:
+        deepspeed.comm.destroy_process_group()
+    finally:
+        # What is started later from here is no rank of the group that was.
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def _quieten() -> None:
