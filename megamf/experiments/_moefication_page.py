@@ -15,15 +15,17 @@ TITLES = {
 SPLITS = ("random", "clustering", "coactivation")
 
 
-def write(study: Study, page: Path, names: list[str], minutes: float) -> None:
+def write(study: Study, page: Path, names: list[str], scale: float) -> None:
     """Write the page, and one picture a model beside it."""
     page.parent.mkdir(parents=True, exist_ok=True)
-    parts = [_head(minutes), reading(page), _times(study)]
+    parts = [_head(scale), reading(page), _times(study)]
     for name in names:
         results = {split: _result(study, f"{name}-{split}") for split in SPLITS}
         picture = page.with_name(f"{page.stem}_{name.replace('-', '_')}.png")
         draw(results, TITLES[name], picture)
         parts.append(_model(study, name, results, picture.name))
+    seconds = sum(json.loads(file.read_text())["seconds"] for file in (study.folder / "stages").glob("*.json"))
+    parts.append(f"All stages took {seconds / 60:.0f} minutes.")
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -31,10 +33,10 @@ def _result(study: Study, stage: str) -> Any:
     return json.loads((study.folder / "stages" / f"{stage}.json").read_text())["result"]
 
 
-def _head(minutes: float) -> str:
+def _head(scale: float) -> str:
     return f"""# MoEfication: dense models as experts of neurons
 
-    python -m megamf.experiments.moefication --work DIR --page docs/experiments/moefication.md --minutes {minutes:g}
+    python -m megamf.experiments.moefication --work DIR --page docs/experiments/moefication.md --scale {scale:g}
 
 Every feed-forward layer's neurons are split into experts of 32; a router names the experts that a token needs, and only
 those are computed. Losses are nats a token on held-out English documents, everything on the CPU. The ground truth looks

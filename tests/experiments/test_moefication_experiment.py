@@ -53,8 +53,9 @@ def test_stages_and_page(study, monkeypatch):
     stages = {f"relu-{split}": result for split, result in results.items()}
     stages |= {"relu": trained, "relu-tuned": tuned, "times": {"16 x 128": one}, "model-times": speeds}
     for name, result in stages.items():
-        study.path(f"stages/{name}.json").write_text(json.dumps({"result": result}))
-    page.write(study, study.path("page.md"), ["relu"], 25)
+        study.path(f"stages/{name}.json").write_text(json.dumps({"result": result, "seconds": 60.0}))
+    page.write(study, study.path("page.md"), ["relu"], 1.0)
     text = study.path("page.md").read_text()
+    assert "All stages took 6 minutes" in text
     assert f"{results['clustering']['loss']['mlp']['0.25']:.3f}" in text and "W2 fitted" in text
     assert study.path("page_relu.png").stat().st_size > 1000
