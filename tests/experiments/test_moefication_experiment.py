@@ -56,6 +56,6 @@ def test_stages_and_page(study, monkeypatch):
         study.path(f"stages/{name}.json").write_text(json.dumps({"result": result, "seconds": 60.0}))
     page.write(study, study.path("page.md"), ["relu"], 1.0)
     text = study.path("page.md").read_text()
-    assert "All stages took 6 minutes" in text
+    assert "All stages took 7 minutes" in text
     assert f"{results['clustering']['loss']['mlp']['0.25']:.3f}" in text and "W2 fitted" in text
     assert study.path("page_relu.png").stat().st_size > 1000
