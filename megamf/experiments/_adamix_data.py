@@ -15,7 +15,7 @@ from megamf.errors import UserError
 
 SECTIONS = ("admin-guide", "core-api", "driver-api", "filesystems", "gpu", "mm", "networking", "sound")
 # The rows of one document: enough that many documents are seen, few enough that none dominates.
-PER_DOCUMENT = 3
+PER_DOCUMENT = 5
 VALID_DOCUMENTS = 4
 
 

@@ -65,8 +65,8 @@ def test_sections(tmp_path):
     first = (tmp_path / "sections-train.jsonl").read_bytes()
     data.write_sections(corpus, tmp_path, 6, 4)
     assert first == (tmp_path / "sections-train.jsonl").read_bytes()
-    with pytest.raises(UserError, match="18 paragraphs of admin-guide for train, 19 are needed"):
-        data.write_sections(corpus, tmp_path, 19, 4)
+    with pytest.raises(UserError, match="30 paragraphs of admin-guide for train, 31 are needed"):
+        data.write_sections(corpus, tmp_path, 31, 4)
 
 
 def test_summaries(tmp_path):
@@ -77,8 +77,8 @@ def test_summaries(tmp_path):
     assert data.write_summaries(corpus, tmp_path, 10, 4) == {"train": 10, "valid": 4}
     files = [{row["target"].split()[-1] for row in read(tmp_path / f"summaries-{s}.jsonl")} for s in ("train", "valid")]
     assert files[1] <= {"0.", "4."} and not files[0] & files[1]
-    with pytest.raises(UserError, match="18 short functions for train"):
-        data.write_summaries(corpus, tmp_path, 19, 4)
+    with pytest.raises(UserError, match="30 short functions for train"):
+        data.write_summaries(corpus, tmp_path, 31, 4)
 
 
 def rates():
