@@ -20,7 +20,10 @@ def write(study: Study, page: Path, names: list[str], scale: float) -> None:
     page.parent.mkdir(parents=True, exist_ok=True)
     parts = [_head(scale), reading(page), _times(study)]
     for name in names:
-        results = {split: _result(study, f"{name}-{split}") for split in SPLITS}
+        results = {
+            split: _result(study, f"{name}-{split}") | {"fitted": _result(study, f"{name}-{split}-fitted")}
+            for split in SPLITS
+        }
         picture = page.with_name(f"{page.stem}_{name.replace('-', '_')}.png")
         draw(results, TITLES[name], picture)
         parts.append(_model(study, name, results, picture.name))
@@ -76,10 +79,11 @@ def _model(study: Study, name: str, results: dict[str, Any], picture: str) -> st
         for router, losses in result["loss"].items():
             recovered = f"{100 * result['recovered'][router]:.0f}%"
             rows.append([f"{split}, {router}", recovered, *(f"{losses[share]:.3f}" for share in shares)])
-        fitted = [f"{result['layer'][share]:.3f}" if share in result["layer"] else "" for share in shares]
+        fitted = [f"{result['fitted'][share]:.3f}" if share in result["fitted"] else "" for share in shares]
         rows.append([f"{split}, mlp, W2 fitted", "", *fitted])
     header = ["split, router", "activation in 20%", *(f"{100 * float(share):.0f}%" for share in shares)]
-    text = f"## {TITLES[name]}\n\n![loss against share]({picture})\n\nDense: {some['dense']:.3f}. "
+    text = f"## {TITLES[name]}\n\n![loss against share]({picture})\n\nDense: {some['dense']:.3f}, without any "
+    text += f"feed-forward layer {_result(study, f'{name}-without'):.3f}. "
     text += f"Neurons that are not zero: {100 * some['active']:.1f}%."
     if name == "relu":
         trained = _result(study, "relu")
@@ -103,7 +107,7 @@ def draw(results: dict[str, Any], title: str, path: Path) -> None:
     for panel, (split, result) in zip(panels, results.items()):
         for router, losses in result["loss"].items():
             panel.plot([100 * float(s) for s in losses], list(losses.values()), "o-", label=router)
-        fitted = result["layer"]
+        fitted = result["fitted"]
         panel.plot([100 * float(s) for s in fitted], list(fitted.values()), "s", label="mlp, W2 fitted")
         panel.axhline(result["dense"], color="black", linestyle=":", label="dense")
         panel.set(title=split, xlabel="experts computed (%)")

@@ -66,12 +66,12 @@ def text(study: Study, model: nn.Module, source: str, tokens: int, documents: in
 
 
 def curves(study: Study, source: str, split: str, tokens: int, documents: int, epochs: int = 30) -> dict[str, Any]:
-    """Losses by router and share of one split, the shares of the activation found, and losses after fitting W2."""
+    """Losses by router and share of one split, and the shares of the activation that the routers found."""
     model = open_model(study.path(source))
     layers = dense_layers(model)
     windows_WT, held = text(study, model, source, tokens, documents)
     inputs = capture_inputs(model, layers, windows_WT, tokens)
-    result: dict[str, Any] = {"dense": mean_loss(model, held), "loss": {}, "layer": {}, "recovered": {}}
+    result: dict[str, Any] = {"dense": mean_loss(model, held), "loss": {}, "recovered": {}}
     choices = Choices(split=split, share=0.2, by_magnitude=True, epochs=epochs)
     made = [_watched(layer, x_ND, choices) for layer, x_ND in zip(layers, inputs, strict=True)]
     result["active"] = sum(part["active"] for part in made) / len(made)
@@ -83,14 +83,37 @@ def curves(study: Study, source: str, split: str, tokens: int, documents: int, e
         for share in SHARES:
             _select(sparse, share)
             result["loss"][router][str(share)] = mean_loss(model, held)
-    about = settings(layers, Choices(split=split, by_magnitude=True))
-    for share in CALIBRATED:
-        sparse = _replaced(model, layers, made, about)
-        _select(sparse, share)
-        for one, layer, x_ND in zip(sparse, layers, inputs):
-            calibrate_layer(one, layer, x_ND)
-        result["layer"][str(share)] = mean_loss(model, held)
     return result
+
+
+def fitted(study: Study, source: str, split: str, tokens: int, documents: int, epochs: int = 30) -> dict[str, float]:
+    """Share -> loss with MLP routers after fitting every layer's W2."""
+    model = open_model(study.path(source))
+    layers = dense_layers(model)
+    windows_WT, held = text(study, model, source, tokens, documents)
+    inputs = capture_inputs(model, layers, windows_WT, tokens)
+    choices = Choices(split=split, share=0.2, by_magnitude=True, epochs=epochs)
+    made = [_watched(layer, x_ND, choices) for layer, x_ND in zip(layers, inputs, strict=True)]
+    losses = {}
+    for share in CALIBRATED:
+        sparse = _replaced(model, layers, made, settings(layers, choices))
+        _select(sparse, share)
+        for one, layer, x_ND in zip(sparse, layers, inputs, strict=True):
+            calibrate_layer(one, layer, x_ND)
+        losses[str(share)] = mean_loss(model, held)
+    return losses
+
+
+@torch.no_grad()
+def without(study: Study, source: str, documents: int) -> float:
+    """Loss with all feed-forward layers left out: what they are worth."""
+    model = open_model(study.path(source))
+    _, held = text(study, model, source, SEQ_LEN, documents)
+    for layer in dense_layers(model):
+        layer.out_MO.zero_()
+        if layer.out_bias_O is not None:
+            layer.out_bias_O.zero_()
+    return mean_loss(model, held)
 
 
 @torch.no_grad()
@@ -240,15 +263,11 @@ def main(argv: list[str] | None = None) -> int:
             sources.append(source)
     for source in sources:
         name = source.rpartition("/")[2]
+        study.compute(f"{name}-without", partial(without, study), source=source, documents=documents)
         for split in SPLITS:
-            study.compute(
-                f"{name}-{split}",
-                partial(curves, study),
-                source=source,
-                split=split,
-                tokens=tokens,
-                documents=documents,
-            )
+            asked = {"source": source, "split": split, "documents": documents}
+            study.compute(f"{name}-{split}", partial(curves, study), **asked, tokens=tokens)
+            study.compute(f"{name}-{split}-fitted", partial(fitted, study), **asked, tokens=2 * tokens)
         if source != "weights/smollm2-135m":
             steps = max(2, int((200 if source == "nano" else 40) * scale))
             study.compute(

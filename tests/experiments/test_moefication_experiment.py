@@ -46,16 +46,21 @@ def test_stages_and_page(study, monkeypatch):
         assert set(result["loss"]) == set(moefication.ROUTERS)
         for losses in result["loss"].values():
             assert [float(share) for share in losses] == list(moefication.SHARES)
+    fitted = moefication.fitted(study, "relu", "clustering", tokens=512, documents=4, epochs=1)
+    assert fitted["0.1"] != pytest.approx(results["clustering"]["loss"]["mlp"]["0.1"], rel=1e-6)
+    without = moefication.without(study, "relu", documents=4)
+    assert without != pytest.approx(trained["after"], rel=1e-5)
     tuned = moefication.tuned(study, "relu", tokens=512, documents=4, steps=2)
     speeds = moefication.whole_model_times(study, "tiny", share=0.25)
     assert [row["tokens"] for row in speeds] == [1, 16, 256] and all(row["sparse"] > 0 for row in speeds)
     one = moefication.ffn_times(16, 128, gated=False, activation="relu", tokens=(1, 2), repeats=2)
     stages = {f"relu-{split}": result for split, result in results.items()}
+    stages |= {f"relu-{split}-fitted": fitted for split in results} | {"relu-without": without}
     stages |= {"relu": trained, "relu-tuned": tuned, "times": {"16 x 128": one}, "model-times": speeds}
     for name, result in stages.items():
         study.path(f"stages/{name}.json").write_text(json.dumps({"result": result, "seconds": 60.0}))
     page.write(study, study.path("page.md"), ["relu"], 1.0)
     text = study.path("page.md").read_text()
-    assert "All stages took 7 minutes" in text
+    assert "All stages took 11 minutes" in text
     assert f"{results['clustering']['loss']['mlp']['0.25']:.3f}" in text and "W2 fitted" in text
     assert study.path("page_relu.png").stat().st_size > 1000

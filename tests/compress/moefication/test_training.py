@@ -15,6 +15,7 @@ from megamf.compress.moefication import (
     relufy,
     sparse_layers,
 )
+from megamf.compress.moefication.training import RIDGES
 from megamf.errors import UserError
 
 
@@ -90,3 +91,27 @@ def test_fitting_a_layer_is_least_squares(make_model, windows):
     sparse.out_EFO.data = start.clone()
     calibrate_layer(sparse, layer, x_ND, ridge=1e9)
     assert torch.allclose(sparse.out_EFO, start, atol=1e-6)
+
+
+def test_the_pull_is_chosen_on_tokens_that_were_not_fitted(make_model, windows):
+    """With fewer tokens than neurons the weakest pull explains them all, and others worse than the weights did."""
+    model = make_model("llama-relu")
+    layers = dense_layers(model)
+    inputs = capture_inputs(model, layers, windows, 96)
+    convert(model, layers, inputs, Choices(16, 0.5, "random", epochs=1))
+    layer, sparse = layers[0], sparse_layers(model)[0]
+    start = sparse.out_EFO.detach().clone()
+    generator = torch.Generator().manual_seed(0)
+    few, other = (torch.randn(n, layer.gate_DM.shape[0], generator=generator, dtype=torch.float64) for n in (40, 400))
+
+    def error(x_ND):
+        with torch.no_grad():
+            return (sparse.by_mask(x_ND) - layer.output(x_ND)).square().mean().item()
+
+    errors = {}
+    for ridge in (*RIDGES, None):
+        sparse.out_EFO.data = start.clone()
+        calibrate_layer(sparse, layer, few, ridge)
+        errors[ridge] = error(other)
+    best, worst = min(errors.values()), max(errors.values())
+    assert errors[RIDGES[0]] == worst > 1.2 * best and errors[None] < best + 0.2 * (worst - best)
