@@ -72,18 +72,22 @@ def _times(study: Study) -> str:
 
 
 def _model(study: Study, name: str, results: dict[str, Any], picture: str) -> str:
-    some = results["random"]
+    some, without = results["random"], _result(study, f"{name}-without")
     shares = list(some["loss"]["truth"])
     rows = []
+
+    def row(label: str, recovered: str, losses: dict[str, float]) -> None:
+        kept = 100 * (without - losses["0.25"]) / (without - some["dense"])
+        cells = [f"{losses[share]:.3f}" if share in losses else "" for share in shares]
+        rows.append([label, recovered, *cells, f"{kept:.1f}%"])
+
     for split, result in results.items():
         for router, losses in result["loss"].items():
-            recovered = f"{100 * result['recovered'][router]:.0f}%"
-            rows.append([f"{split}, {router}", recovered, *(f"{losses[share]:.3f}" for share in shares)])
-        fitted = [f"{result['fitted'][share]:.3f}" if share in result["fitted"] else "" for share in shares]
-        rows.append([f"{split}, mlp, W2 fitted", "", *fitted])
-    header = ["split, router", "activation in 20%", *(f"{100 * float(share):.0f}%" for share in shares)]
+            row(f"{split}, {router}", f"{100 * result['recovered'][router]:.0f}%", losses)
+        row(f"{split}, mlp, W2 fitted", "", result["fitted"])
+    header = ["split, router", "activation in 20%", *(f"{100 * float(share):.0f}%" for share in shares), "kept at 25%"]
     text = f"## {TITLES[name]}\n\n![loss against share]({picture})\n\nDense: {some['dense']:.3f}, without any "
-    text += f"feed-forward layer {_result(study, f'{name}-without'):.3f}. "
+    text += f"feed-forward layer {without:.3f}; `kept` is the part of this difference that stays. "
     text += f"Neurons that are not zero: {100 * some['active']:.1f}%."
     if name == "relu":
         trained = _result(study, "relu")
