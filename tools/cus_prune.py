@@ -188,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--absolute", dest="relative", action="store_false",
-        help="changes as they are, and not as shares of the norm of the stream that they are made in",
+        help="changes as they are, and not as shares of the median norm of a token there",
     )  # fmt: skip
     parser.add_argument(
         "--qk-tokens", type=positive, default=QK_TOKENS, metavar="N",

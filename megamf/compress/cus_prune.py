@@ -7,8 +7,8 @@ zeroing it makes is below a threshold on its documents; what is irrelevant to ev
 Free parameters, because the paper's values are not known: `share`, the share of a dimension's documents on which a
 neuron must be below the threshold (1: on all of them); `scale`, whether the dimensions share one threshold of the
 change itself (`value`) or of the rank among a dimension's neurons (`rank`); `relative`, whether changes are divided by
-the norm of the stream that they are made in (the paper's formula does not; without it nearly all attention of the first
-layers goes, because their stream is small).
+the median norm of a token in the stream that they are made in (the paper's formula does not; without it nearly all
+attention of the first layers goes, because their stream is small).
 The threshold is not set but found: the lowest score goes first until the ratio is met.
 """
 
