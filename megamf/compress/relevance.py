@@ -44,7 +44,7 @@ class Impacts:
     """values: group -> changes [documents, count], float32. stream: norm of a token after a layer [documents, layers].
 
     The norm is the median one. In common models the first token's is a hundred times the others' from some layer on (in
-    SmolLM2-135M from 11 to 27, where the root mean square jumps from 148 to 2110), and with a mean nothing there counts.
+    SmolLM2-135M from 11 to 27: the root mean square jumps from 148 to 2110), and with a mean nothing there counts.
     """
 
     values: dict[NeuronGroup, torch.Tensor]
