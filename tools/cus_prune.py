@@ -11,7 +11,7 @@ from typing import Any
 
 from megamf.cli import run
 from megamf.compress import baselines, cus_prune
-from megamf.compress.cus_prune import DIMENSIONS, OF, SCALES, Settings
+from megamf.compress.cus_prune import DIMENSIONS, OF, RELATIVE, SCALES, Settings
 from megamf.compress.documents import load_documents, mean_loss, token_documents
 from megamf.compress.folder import code_of, load_causal_lm, model_card, refuse_existing, save_folder
 from megamf.compress.neurons import ATTENTION, EXPERTS
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"give documents for at least one of {', '.join(f'--{name}' for name in DIMENSIONS)}")
     for name, methods in OWN.items():
         if args.method not in methods and getattr(args, name) != parser.get_default(name):
-            option = "absolute" if name == "relative" else name.replace("_", "-")
+            option = name.replace("_", "-")
             raise UserError(f"--{option} changes nothing for --method {args.method}, only for {', '.join(methods)}")
     settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
     settings.check()
@@ -187,8 +187,9 @@ def _parser() -> argparse.ArgumentParser:
         help="one threshold of the change, or of its rank (%(default)s)",
     )
     parser.add_argument(
-        "--absolute", dest="relative", action="store_false",
-        help="changes as they are, and not as shares of the median norm of a token there",
+        "--relative", choices=RELATIVE, default=defaults.relative,
+        help="changes as shares of the norm of the stream that they are made in, over the document or of its median "
+        "token, or as they are (%(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--qk-tokens", type=positive, default=QK_TOKENS, metavar="N",

@@ -7,8 +7,8 @@ zeroing it makes is below a threshold on its documents; what is irrelevant to ev
 Free parameters, because the paper's values are not known: `share`, the share of a dimension's documents on which a
 neuron must be below the threshold (1: on all of them); `scale`, whether the dimensions share one threshold of the
 change itself (`value`) or of the rank among a dimension's neurons (`rank`); `relative`, whether changes are divided by
-the median norm of a token in the stream that they are made in (the paper's formula does not; without it nearly all
-attention of the first layers goes, because their stream is small).
+a norm of the stream that they are made in, that of the `document` or of its median `token` (the paper's formula has
+`none`; without it nearly all attention of the first layers goes, because their stream is small).
 The threshold is not set but found: the lowest score goes first until the ratio is met.
 """
 
@@ -29,11 +29,12 @@ from megamf.compress.neurons import (
     prunable_parameters,
     removed_parameters,
 )
-from megamf.compress.relevance import QK_TOKENS, Impacts, impacts
+from megamf.compress.relevance import NORMS, QK_TOKENS, Impacts, impacts
 from megamf.errors import UserError
 
 DIMENSIONS = ("language", "domain", "task")
 SCALES = ("value", "rank")
+RELATIVE = (*NORMS, "none")
 OF = ("prunable", "all")
 
 
@@ -55,7 +56,7 @@ class Settings:
     experts: str = "neurons"
     share: float = 1.0
     scale: str = "value"
-    relative: bool = True
+    relative: str = "document"
     qk_tokens: int = QK_TOKENS
 
     def check(self) -> None:
@@ -66,8 +67,9 @@ class Settings:
             raise UserError(f"of={self.of!r} is not one of {', '.join(OF)}")
         if not 0 < self.share <= 1:
             raise UserError(f"share={self.share} is outside (0, 1]: it is a share of the documents")
-        if self.scale not in SCALES:
-            raise UserError(f"scale={self.scale!r} is not one of {', '.join(SCALES)}")
+        for name, choices in (("scale", SCALES), ("relative", RELATIVE)):
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}")
 
 
 def over_documents(changes: Mapping[NeuronGroup, torch.Tensor], share: float = 1.0) -> dict[NeuronGroup, torch.Tensor]:
@@ -105,7 +107,8 @@ def intersect(dimensions: Mapping[str, Scores], scale: str = "value") -> dict[Ne
 
 def dimension_scores(changes: Impacts, settings: Settings) -> dict[NeuronGroup, torch.Tensor]:
     """One dimension's scores: how much change a neuron makes on its documents."""
-    return over_documents(changes.relative() if settings.relative else changes.values, settings.share)
+    values = changes.values if settings.relative == "none" else changes.relative(settings.relative)
+    return over_documents(values, settings.share)
 
 
 @dataclass(frozen=True)

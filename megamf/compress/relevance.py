@@ -39,20 +39,25 @@ Watch = Callable[[int, int], None]
 Take = Callable[[NeuronGroup, torch.Tensor], None]
 
 
+NORMS = ("document", "token")
+
+
 @dataclass
 class Impacts:
-    """values: group -> changes [documents, count], float32. stream: norm of a token after a layer [documents, layers].
+    """values: group -> changes [documents, count], float32. stream: norms [2, documents, layers] after each layer.
 
-    The norm is the median one. In common models the first token's is a hundred times the others' from some layer on (in
-    SmolLM2-135M from 11 to 27: the root mean square jumps from 148 to 2110), and with a mean nothing there counts.
+    The first norm is the root mean square over a document's tokens, as the changes are; the second the median token's.
+    They differ where a model has massive activations: the first token's norm is a hundred times the others' (in
+    SmolLM2-135M from layer 11 to 27, where the first norm jumps from 148 to 2110).
     """
 
     values: dict[NeuronGroup, torch.Tensor]
     stream: torch.Tensor
 
-    def relative(self) -> dict[NeuronGroup, torch.Tensor]:
-        """The changes as shares of the norm of a token in the stream that they are made in."""
-        return {group: value / self.stream[:, group.layer, None] for group, value in self.values.items()}
+    def relative(self, norm: str = "document") -> dict[NeuronGroup, torch.Tensor]:
+        """The changes as shares of the norm, one of NORMS, of the stream that they are made in."""
+        stream = self.stream[NORMS.index(norm)]
+        return {group: value / stream[:, group.layer, None] for group, value in self.values.items()}
 
 
 @dataclass
@@ -101,7 +106,7 @@ def impacts(
     finally:
         model.train(training)
     values = {group: torch.stack([row.values[group] for row in rows]) for group in groups}
-    stream = torch.stack([torch.stack([row.stream[i] for i in range(len(row.stream))]) for row in rows])
+    stream = torch.stack([torch.stack([row.stream[i] for i in range(len(row.stream))], 1) for row in rows], 1)
     return Impacts(values, stream)
 
 
@@ -136,7 +141,8 @@ def _watched(model: nn.Module, groups: Sequence[NeuronGroup], found: _Document, 
 def _stream_hook(index: int, found: _Document) -> Callable[..., None]:
     def hook(_module: nn.Module, _arguments: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
-        found.stream[index] = promote(hidden).flatten(0, 1).norm(dim=1).median().float().cpu()
+        square_T = promote(hidden).flatten(0, 1).square().sum(1)
+        found.stream[index] = torch.stack([root_mean(square_T), square_T.median().sqrt()]).float().cpu()
 
     return hook
 

@@ -114,7 +114,7 @@ def measure(bench: Bench, expert: str, dimension: str, qk_tokens: int) -> dict[s
     name = f"impacts-{expert}-{dimension}.safetensors"
     tensors = {str(group): values.contiguous() for group, values in found.values.items()}
     save_file(tensors | {"stream": found.stream}, bench.study.path(name))
-    return {"file": name, "documents": len(found.stream)}
+    return {"file": name, "documents": found.stream.shape[1]}
 
 
 def read_impacts(bench: Bench, expert: str, dimension: str) -> Impacts:
@@ -158,7 +158,8 @@ def dense(bench: Bench, expert: str) -> dict[str, Any]:
 VARIANTS: dict[str, dict[str, Any]] = {
     "as above": {},
     "same rank in every dimension": {"scale": "rank"},
-    "absolute changes": {"relative": False},
+    "absolute changes": {"relative": "none"},
+    "changes against the median token's norm": {"relative": "token"},
     "below on 90 % of the documents": {"share": 0.9},
     "below on half of the documents": {"share": 0.5},
     "the same share from every layer": {"budget": "layer"},

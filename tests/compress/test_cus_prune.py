@@ -56,7 +56,7 @@ def test_ranks_are_shares_of_the_parameters_that_would_go():
 def test_the_selection_follows_the_impacts_and_the_report_the_selection():
     model = llama().double()
     sets = {"language": documents(1), "task": documents(2)}
-    settings = Settings(ratio=0.3, relative=False)
+    settings = Settings(ratio=0.3, relative="none")
     seen = []
     selection = select(model, sets, settings, on_document=lambda done, total: seen.append((done, total)))
     assert seen == [(i, 6) for i in range(1, 7)]
@@ -90,7 +90,7 @@ def test_a_ratio_of_everything_counts_the_embedding_and_the_layer_budget_keeps_s
     relative = select(model, {"language": documents(1)}, Settings())
     changes = impacts(model, list(relative.scores), documents(1))
     for group, score in relative.scores.items():
-        expected = (changes.values[group] / changes.stream[:, group.layer, None]).amax(0)
+        expected = (changes.values[group] / changes.stream[0, :, group.layer, None]).amax(0)
         torch.testing.assert_close(score, expected)
 
 

@@ -96,9 +96,11 @@ def test_changes_are_those_of_the_whole_layer_where_attention_comes_beside_the_m
         handle.remove()
     change = (states[0] - states[1]).square().sum(-1).mean().sqrt().item()
     assert found.values[group][0, 3].item() == pytest.approx(change, rel=2e-7)
+    assert found.stream[0, 0, 1].item() == pytest.approx(states[0].square().sum(-1).mean().sqrt().item(), rel=1e-6)
     norms = sorted(states[0][0].square().sum(-1).sqrt().tolist())
-    assert found.stream[0, 1].item() == pytest.approx(norms[(len(norms) - 1) // 2], rel=1e-6)
-    assert torch.equal(found.relative()[group], found.values[group] / found.stream[:, 1:2])
+    assert found.stream[1, 0, 1].item() == pytest.approx(norms[(len(norms) - 1) // 2], rel=1e-6)
+    for norm, stream in zip(("document", "token"), found.stream, strict=True):
+        assert torch.equal(found.relative(norm)[group], found.values[group] / stream[:, 1:2])
 
 
 def test_queries_and_keys_are_measured_on_the_first_tokens():

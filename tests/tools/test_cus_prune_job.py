@@ -91,8 +91,8 @@ def test_bad_input_ends_with_code_2_and_nothing_written(place, tmp_path, capsys)
     assert "leaves nothing" in refused([*full, "--ratio", "0.99"], capsys)
     assert "ratio=1.5 is outside" in refused([*full, "--ratio", "1.5"], capsys)
     assert "--seed changes nothing for --method cus-prune" in refused([*full, "--seed", "3"], capsys)
-    message = refused([*full, "--method", "layers", "--absolute"], capsys)
-    assert "--absolute changes nothing for --method layers" in message
+    message = refused([*full, "--method", "layers", "--relative", "token"], capsys)
+    assert "--relative changes nothing for --method layers" in message
     message = refused([place / "bert", out, "--task", french], capsys)
     assert "bert" in message and "llama" in message
     assert "no config.json" in refused([place, out, "--task", french], capsys)
