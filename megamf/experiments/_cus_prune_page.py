@@ -102,15 +102,18 @@ def _picture(done: dict[str, Any], expert: str, ratios: Sequence[float], seeds: 
     for panel, ratio in zip(panels[0], ratios):
         points = {name: done[f"{expert}-{ratio:g}-{name}"]["result"]["loss"] for name in LABELS}
         points |= {"random": done[f"{expert}-{ratio:g}-random-{seeds[0]}"]["result"]["loss"]}
-        for name, loss in points.items():
-            marker = "*" if name == "intersection" else "o"
-            panel.scatter(loss["expert"], _general(loss), marker=marker, s=120 if marker == "*" else 30)
-            panel.annotate(
-                name, (loss["expert"], _general(loss)), fontsize=7, xytext=(4, 3), textcoords="offset points"
-            )
+        for number, (name, loss) in enumerate(points.items()):
+            marker = "*" if name == "intersection" else "os^vD<>PXdh"[number % 11]
+            size = 160 if marker == "*" else 40
+            panel.scatter(loss["expert"], _general(loss), marker=marker, s=size, color=f"C{number % 10}", label=name)
         panel.scatter(whole["expert"], _general(whole), marker="s", color="black", label="the whole model")
         panel.set(title=f"{ratio:.0%} gone", xlabel="expert, nats a token", ylabel="general, nats a token")
-        panel.legend()
+        panel.set(xscale="log", yscale="log")
+        ticks = [3, 4, 5, 6, 8, 10, 13, 17]
+        panel.set_xticks(ticks, map(str, ticks))
+        panel.set_yticks(ticks, map(str, ticks))
+        panel.minorticks_off()
+    panels[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
