@@ -28,7 +28,6 @@ def write(
     pictures = path.with_suffix("")
     pictures.mkdir(parents=True, exist_ok=True)
     found = {name: json.loads(study.path(f"{name}/adamix.json").read_text()) for name in runs}
-    stages = {file.stem: json.loads(file.read_text()) for file in (study.folder / "stages").glob("*.json")}
     series = {
         "sections": (sections.methods, "accuracy", lambda scores: 100 * scores["accuracy"]),
         "summaries": (summaries.methods, "loss a token", lambda scores: scores["loss"]),
@@ -41,10 +40,10 @@ def write(
         reading(path),
         "## Classification: which part of the kernel's documentation?",
         _setting(found["sections-lora-0"], "MiniLM (6 layers of 384), frozen but for the modules and the classifier"),
-        _table(found, stages, sections, seeds, rates, _classification_columns()),
+        _table(found, sections, seeds, rates, _classification_columns()),
         "## Generation: what does a function do?",
         _setting(found["summaries-lora-0"], "SmolLM2-135M (30 layers of 576), frozen but for the modules"),
-        _table(found, stages, summaries, seeds, rates, _generation_columns()),
+        _table(found, summaries, seeds, rates, _generation_columns()),
         f"![scores of every seed]({pictures.name}/scores.png)",
         "## Learning rates",
         "Validation loss of single modules, one run each with a seed that is not among those above. The best rate is "
@@ -111,7 +110,6 @@ def _generation_columns() -> Columns:
 
 def _table(
     found: dict[str, Any],
-    stages: dict[str, Any],
     task: Any,
     seeds: int,
     rates: dict[tuple[str, str], str],
@@ -121,12 +119,11 @@ def _table(
     for method in task.methods:
         records = [found[f"{task.name}-{method.name}-{seed}"] for seed in range(seeds)]
         numbers = records[0]["parameters"]
-        seconds = [stages[f"{task.name}-{method.name}-{seed}"]["seconds"] for seed in range(seeds)]
         merged = numbers["merged"] + numbers["head"]
         cells = [mean_and_spread([column(record) for record in records]) for column in columns.values()]
         counts = [f"{numbers['trained']:,}", f"{merged:,}" if merged else "all"]
-        rows.append([method.title, *counts, *cells, rates[task.name, method.family], f"{statistics.mean(seconds):.0f}"])
-    return table(["method", "trained", "once merged", *columns, "lr", "seconds"], rows)
+        rows.append([method.title, *counts, *cells, rates[task.name, method.family]])
+    return table(["method", "trained", "once merged", *columns, "lr"], rows)
 
 
 def mean_and_spread(values: Sequence[float | None]) -> str:

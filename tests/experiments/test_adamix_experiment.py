@@ -124,7 +124,6 @@ def test_page(tmp_path):
             record["scores"]["random"] = scores
         study.path(name).mkdir()
         (study.path(name) / "adamix.json").write_text(json.dumps(record))
-        (study.folder / "stages" / f"{name}.json").write_text(json.dumps({"seconds": 7.0}))
     path = tmp_path / "page.md"
     page.write(study, path, SECTIONS, SUMMARIES, runs, 2, chosen, losses)
     path.write_text(path.read_text().replace(READING_BEGIN, f"{READING_BEGIN}\nBy hand."))
