@@ -4,7 +4,7 @@
 
 SmolLM2-135M (gated units with SiLU: as it is, by magnitude, and after a short training with ReLU) and a dense baseline
 with ReLU trained by `megamf train`, both on English. Every stage is run once; the page is written from what they left
-in DIR. `--scale` multiplies the text looked at and the steps trained; 1 takes about 50 minutes on two cores.
+in DIR. `--scale` multiplies the text looked at and the steps trained; 1 takes more than an hour on two cores.
 """
 
 import argparse
